@@ -1,0 +1,277 @@
+"""The book's own Sphinx extension: when chapters run again, and the ledger of what they found.
+
+A chapter records a claim in the metadata of a cell's output (`ngdcore.experiment.record`). Once every page has been
+read, the rows of all chapters, cached or fresh, are gathered from the executed notebooks; they go into claims.json
+and into the tables that the directives below leave open until then.
+"""
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "jupyter-book")
+KEPT_CACHES = 4
+PAPERS = {"zhang2019": "Zhang, Martens, Grosse (2019)", "karakida2020": "Karakida, Osawa (2020)",
+          "bernacchia2018": "Bernacchia, Lengyel, Hennequin (2018)"}
+VERDICTS = ("reproduced", "corrected", "derived", "noted", "not reproduced", "open")
+SIGNS = {"==": "=", "<=": "≤", ">=": "≥"}
+
+
+# --- When chapters run again -----------------------------------------------------------------------------------------
+
+def scale():
+    return os.environ.get("NGD_SCALE", "quick")
+
+
+def fingerprint(root):
+    """Sixteen hex digits that change with whatever, outside its own cells, a chapter's results depend on."""
+    root = Path(root)
+    files = [p for folder in ("ngdcore", "data") for p in sorted((root / folder).rglob("*")) if p.is_file()]
+    digest = hashlib.sha256(f"{scale()} {sys.version_info[:2]} {[version(p) for p in PACKAGES]}".encode())
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        if "__pycache__" not in name and not name.startswith("data/recorded/"):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def cache_path(root):
+    return Path(root) / "_build" / ".jupyter_cache" / fingerprint(root)
+
+
+def prune(caches):
+    """Keep the newest few: going back to an earlier state of the code then costs nothing, and the rest is garbage."""
+    by_age = sorted((p for p in caches.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    for old in by_age[:-KEPT_CACHES]:
+        shutil.rmtree(old)
+
+
+def configure(app, config):
+    # Kernels inherit the environment: they import this checkout, whichever copy may be installed.
+    os.environ.update(NGD_BOOK="1", PYTHONPATH=str(app.srcdir))
+    sys.path.insert(0, str(app.srcdir))
+    cache = cache_path(app.srcdir)
+    cache.mkdir(parents=True, exist_ok=True)
+    os.utime(cache)
+    prune(cache.parent)
+    config.nb_execution_cache_path = str(cache)
+
+
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Jupyter Book adds thebe's script twice, which is an error on every page; nothing here uses it."""
+    context["script_files"] = [s for s in context.get("script_files", [])
+                               if "thebe" not in str(s.filename) and "THEBE" not in str(s.attributes.get("body"))]
+
+
+# --- The ledger ------------------------------------------------------------------------------------------------------
+
+def rows_of(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
+    outputs = [out for cell in cells for out in cell.get("outputs", [])]
+    return [out["metadata"]["ngd"] for out in outputs if "ngd" in out.get("metadata", {})]
+
+
+def recorded(root):
+    files = sorted((Path(root) / "data" / "recorded").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf8")) for path in files}
+
+
+def tolerance(row):
+    return {k: row[k] for k in ("rtol", "atol") if row.get(k) is not None}
+
+
+def entry(claim, rows, chapter, paper_rows):
+    """What claims.json says of one ID. A single row is given as its values, several as lists of them."""
+    from ngdcore.experiment import verdict
+
+    def of(key):
+        values = [row.get(key) for row in rows]
+        return values[0] if len(values) == 1 else values or None
+
+    return {"id": claim.id, "paper": claim.paper, "kind": claim.kind, "at": claim.at, "title": claim.title,
+            "grade": claim.grade, "chapter": chapter, "verdict": verdict(claim, rows),
+            "verdict_paper": verdict(claim, paper_rows) if paper_rows else None,
+            **{key: of(key) for key in ("predicted", "measured", "printed", "rel", "settings")},
+            "tolerance": tolerance(rows[0]) if len(rows) == 1 else [tolerance(r) for r in rows] or None, "rows": rows}
+
+
+def ledger(root, executed):
+    """One entry an ID of the registry, from the rows of {docname: rows} and of data/recorded."""
+    from ngdcore.experiment import registry
+    live, chapters, paper = {}, {}, {}
+    for docname, rows in executed.items():
+        for row in rows:
+            live.setdefault(row["id"], []).append(row)
+            chapters.setdefault(row["id"], docname)
+    for run in recorded(root).values():
+        for row in run["rows"] if run["scale"] == "paper" else []:
+            paper.setdefault(row["id"], []).append(row)
+    claims = registry()
+    if unknown := sorted(set(live) - set(claims)):
+        raise ValueError(f"recorded, but not in book/claims.yml: {', '.join(unknown)}")
+    return [entry(claims[i], live.get(i, []), chapters.get(i), paper.get(i, [])) for i in claims]
+
+
+def build_report(env, executed):
+    seconds = {doc: data["exec_data"]["runtime"] for doc, data in sorted(getattr(env, "nb_metadata", {}).items())
+               if data.get("exec_data")}
+    rows = [row for rows in executed.values() for row in rows]
+    import torch
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine() + " CPU"
+    seeds = sorted({s for row in rows for s in row.get("seeds") or []})
+    return {"scale": scale(), "device": device, "threads": torch.get_num_threads(), "seeds": seeds,
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}, "seconds": seconds}
+
+
+def harvest(app, env):
+    """All pages are read: gather the rows; where anything changed, have the pages with open tables written again."""
+    folder = Path(app.outdir).parent / "jupyter_execute"
+    notebooks = {doc: folder / f"{doc}.ipynb" for doc in sorted(env.found_docs)}
+    executed = {doc: rows_of(path) for doc, path in notebooks.items() if path.exists()}
+    claims, report = ledger(app.srcdir, executed), build_report(env, executed)
+    state = json.dumps([claims, report], sort_keys=True)
+    changed, env.ngd_state = state != getattr(env, "ngd_state", None), state
+    env.ngd_claims, env.ngd_report = claims, report
+    return sorted(getattr(env, "ngd_pages", ())) if changed else []
+
+
+def write_claims(app, exception):
+    if exception is None and hasattr(app.env, "ngd_claims"):
+        text = json.dumps(app.env.ngd_claims, indent=1, ensure_ascii=False)
+        Path(app.outdir, "claims.json").write_text(text, encoding="utf8")
+
+
+# --- The tables ------------------------------------------------------------------------------------------------------
+
+def number(x):
+    """Four significant digits; powers of ten in plain text, so that nothing needs MathJax."""
+    if x is None or isinstance(x, (bool, str)):
+        return {None: "–", True: "yes", False: "no"}.get(x, x)
+    mantissa, _, exponent = f"{x:.4g}".partition("e")
+    return mantissa + (f" × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}" if exponent else "")
+
+
+def value(x):
+    """A number, or how many and between which."""
+    if isinstance(x, dict):
+        return ", ".join(f"{k} {value(v)}" for k, v in x.items())
+    if not isinstance(x, list):
+        return number(x)
+    flat = np.ravel(np.array(x, dtype=object)).tolist()
+    if len(flat) <= 3 or any(isinstance(v, (str, bool, type(None))) for v in flat):
+        return ", ".join(map(number, flat[:4])) + (" …" if len(flat) > 4 else "")
+    return f"{len(flat)} values, {number(min(flat))} to {number(max(flat))}"
+
+
+def table(head, rows, kind):
+    """rows of cells that are HTML already."""
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+    return (f'<div class="ngd-table"><table class="table {kind}"><thead>{line(head, "th")}</thead>'
+            f'<tbody>{"".join(line(r, "td") for r in rows)}</tbody></table></div>')
+
+
+def badge(verdict):
+    return f'<span class="verdict verdict-{verdict.replace(" ", "-")}">{verdict}</span>'
+
+
+def link(app, page, doc, text):
+    if doc is None:
+        return text
+    return f'<a href="{app.builder.get_relative_uri(page, doc)}">{text}</a>'
+
+
+def title_of(env, doc):
+    return escape(env.titles[doc].astext()) if doc in env.titles else doc
+
+
+def scoreboard(app, page, claims, ids):
+    def line(c):
+        return (link(app, page, c["chapter"], c["id"]), escape(c["at"] or "–"), escape(c["title"]), badge(c["verdict"]),
+                badge(c["verdict_paper"]) if c["verdict_paper"] else "not yet")
+    head = ("ID", "Place", "Claim", f"Here ({scale()} scale)", "Paper scale")
+    return "".join(f"<h2>{PAPERS.get(paper, paper)}</h2>"
+                   + table(head, [line(c) for c in claims if c["paper"] == paper], "scoreboard")
+                   for paper in dict.fromkeys(c["paper"] for c in claims))
+
+
+def claim_rows(app, page, claims, ids):
+    def line(c, row):
+        name = c["id"] + (f'/{row["part"]}' if row.get("part") else "")
+        verdict = c["verdict"] if row["holds"] else "not reproduced"
+        return (link(app, page, c["chapter"], escape(name)), value(row["measured"]), SIGNS[row["rel"]],
+                value(row["predicted"]), value(row.get("printed")), value(tolerance(row)) or "–",
+                value(row.get("slack")), badge(verdict))
+    found = {c["id"]: c for c in claims}
+    if unknown := set(ids) - set(found):
+        raise ValueError(f"{page}: not in book/claims.yml: {', '.join(sorted(unknown))}")
+    rows = [line(found[i], row) for i in ids for row in found[i]["rows"]]
+    rows += [(i, "–", "", "–", "–", "–", "–", badge("open")) for i in ids if not found[i]["rows"]]
+    return table(("ID", "Measured", "", "Predicted", "Printed", "Tolerance", "Slack", "Verdict"), rows, "claims")
+
+
+def tally(app, page, claims, ids):
+    def line(paper):
+        verdicts = [c["verdict"] for c in claims if c["paper"] == paper]
+        return [PAPERS.get(paper, paper), *(str(verdicts.count(v) or "–") for v in VERDICTS), str(len(verdicts))]
+    papers = dict.fromkeys(c["paper"] for c in claims)
+    return table(("Paper", *map(badge, VERDICTS), "all"), map(line, papers), "tally")
+
+
+def report_table(app, page, claims, ids):
+    report = app.env.ngd_report
+    seconds = [(link(app, page, doc, title_of(app.env, doc)), f"{s:.1f}") for doc, s in report["seconds"].items() if s]
+    facts = [("Scale", report["scale"]), ("Device", escape(report["device"])), ("Threads", str(report["threads"])),
+             ("Seeds", ", ".join(map(str, report["seeds"])) or "–"), *report["versions"].items()]
+    total = ("All chapters", f'{sum(s for s in report["seconds"].values() if s):.1f}')
+    return table(("", "This build"), facts, "facts") + table(("Chapter", "Seconds"), [*seconds, total], "seconds")
+
+
+TABLES = {"scoreboard": scoreboard, "claims": claim_rows, "tally": tally, "build-report": report_table}
+
+
+class Deferred(nodes.General, nodes.Element):
+    """Stands for a table until all chapters have been read."""
+
+
+class Table(SphinxDirective):
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self):
+        if not hasattr(self.env, "ngd_pages"):
+            self.env.ngd_pages = set()
+        self.env.ngd_pages.add(self.env.docname)
+        return [Deferred(table=self.name, ids=" ".join(self.arguments).split())]
+
+
+def forget(app, env, docname):
+    getattr(env, "ngd_pages", set()).discard(docname)
+
+
+def fill(app, doctree, docname):
+    for node in list(doctree.findall(Deferred)):
+        html = TABLES[node["table"]](app, docname, app.env.ngd_claims, node["ids"])
+        node.replace_self(nodes.raw("", html, format="html"))
+
+
+def setup(app):
+    app.connect("config-inited", configure)
+    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("env-purge-doc", forget)
+    app.connect("env-updated", harvest)
+    app.connect("doctree-resolved", fill)
+    app.connect("build-finished", write_claims)
+    app.add_node(Deferred)
+    for name in TABLES:
+        app.add_directive(name, Table)
+    return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
