@@ -1,0 +1,271 @@
+"""Data sets: real images that ship with the package, and synthetic inputs."""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["mnist", "sphere", "gaussian", "DataSet", "DataError"]
+
+
+class DataError(RuntimeError):
+    """A data file is missing, truncated or altered, and no other source has it; the message names file and remedy."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Inputs and targets, with where they came from.
+
+    Attributes
+    ----------
+    x, x_test : Tensor, (N, d)
+    y, y_test : Tensor, (N, C)
+        Two classes: one column, +1 for the first class named and -1 for the second. Otherwise one-hot rows.
+    labels, labels_test : Tensor, (N,)
+        The original class labels.
+    source : str
+        Which files the rows came from.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    labels: Tensor = field(repr=False)
+    labels_test: Tensor = field(repr=False)
+    source: str
+
+
+# name of the IDX file: (rows, sha256 of the uncompressed bytes)
+_SHIPPED = {
+    "train-first10240-images-idx3-ubyte": "0bddcb4db9473979ba722ea7679e2935e7decc129a6be9181eaf0c0fe5babbb7",
+    "train-first10240-labels-idx1-ubyte": "4673cc729421426f5d7da3f845f324bf4547c8100ea8b14576ff78449fe223ca",
+    "t10k-first5000-images-idx3-ubyte": "118ae22e5d4e94bb7f7335211629ca4da103e2b74481bd772edf32b2aff5970f",
+    "t10k-first5000-labels-idx1-ubyte": "24f8aa7197fa0ee1ceb43e0809492febb35d3bdb1d1c31379ca14bd851f82ba7",
+}
+_FULL = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+
+
+def mnist(
+    classes: tuple[int, ...] = tuple(range(10)),
+    n_train: int = 500,
+    n_test: int = 1000,
+    norm: str | None = "unit",
+    standardize: bool = False,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> DataSet:
+    r"""MNIST digits of the given classes, as rows of length 784.
+
+    Parameters
+    ----------
+    classes : tuple of int
+        Digits to keep. Two classes: targets +1 for the first, -1 for the second; otherwise one-hot.
+    n_train, n_test : int
+        Rows from the training and the test split.
+    norm : {"unit", "sqrt_d", None}
+        Rows of Euclidean norm 1, of norm :math:`\sqrt{784}`, or pixels in [0, 1] as they are.
+    standardize : bool
+        First subtract the scalar mean of the chosen training rows and divide by their scalar standard deviation
+        (the same two numbers for the test rows).
+    seed : int, optional
+        ``None`` takes the first rows in file order, classes merged; an int takes a random subset.
+    dtype, device :
+        Of the tensors returned; float64 unless asked.
+
+    Returns
+    -------
+    DataSet
+
+    Raises
+    ------
+    ValueError
+        For unknown classes or norm, or more rows than there are.
+    DataError
+        When a file is truncated, altered or missing everywhere.
+
+    Notes
+    -----
+    The first 10,240 training and 5,000 test images ship with the package; a request that they can fill is filled from
+    them (also a random one, so that a seed means the same rows everywhere). Larger requests look for the full files in
+    ``NGD_DATA_DIR`` (or its folder ``mnist``), then in the cache, then on two mirrors. SHA-256 of the uncompressed
+    bytes is checked always. LeCun, Cortes & Burges, *The MNIST database*.
+
+    Examples
+    --------
+    >>> import ngdcore as ngd
+    >>> d = ngd.data.mnist(classes=(4, 9), n_train=50, n_test=20)
+    >>> d.x.shape, d.y.shape, d.source
+    (torch.Size([50, 784]), torch.Size([50, 1]), 'MNIST, first rows that ship')
+    """
+    classes = tuple(classes)
+    if len(classes) < 2 or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
+        raise ValueError(f"classes={classes} must be two or more different digits from 0 to 9")
+    if norm not in ("unit", "sqrt_d", None):
+        raise ValueError(f"norm={norm!r} is unknown; use 'unit', 'sqrt_d' or None")
+    pixels, labels, used = zip(*(_rows(split, classes, n, seed) for split, n in (("train", n_train), ("t10k", n_test))))
+    x, x_test = (torch.from_numpy(p.reshape(len(p), -1)).to(torch.float64) / 255 for p in pixels)
+    if standardize:
+        mean, sd = x.mean(), x.std(correction=0)
+        x, x_test = (x - mean) / sd, (x_test - mean) / sd
+    x, x_test = (_normalise(v, norm).to(dtype=dtype, device=device) for v in (x, x_test))
+    labels = [torch.from_numpy(v.astype(np.int64)) for v in labels]
+    y, y_test = (_targets(v, classes).to(dtype=dtype, device=device) for v in labels)
+    return DataSet(
+        x, y, x_test, y_test, labels[0].to(device), labels[1].to(device), "MNIST, " + " and ".join(sorted(set(used)))
+    )
+
+
+def _rows(split, classes, n, seed):
+    """Images and labels of n rows with these classes, from the smallest source that holds them."""
+    for names, used in ((_SHIPPED, "first rows that ship"), (_FULL, "all rows")):
+        images, labels = (next(k for k in names if k.startswith(split) and part in k) for part in ("images", "labels"))
+        y = _load(labels, names[labels])
+        hits = np.flatnonzero(np.isin(y, classes))
+        if len(hits) >= n:
+            break
+    else:
+        raise ValueError(f"{n} rows asked for, but the {split} split has {len(hits)} with classes {classes}")
+    if n < 1:
+        raise ValueError(f"n_train and n_test must be at least 1, not {n}")
+    if seed is not None:
+        order = torch.randperm(len(hits), generator=torch.Generator().manual_seed(seed))
+        hits = hits[np.sort(order[:n].numpy())]
+    return _load(images, names[images])[hits[:n]], y[hits[:n]], used
+
+
+def _load(name: str, sha256: str) -> np.ndarray:
+    """One IDX file, from the first source that has it; an altered file is an error, never passed over."""
+    for path in _places(name):
+        if path.is_file():
+            return _read(path, sha256)
+    return _read(_download(name, sha256), sha256)
+
+
+def _places(name):
+    file = f"{name}.gz"
+    if name in _SHIPPED:
+        return [
+            resources.files("ngdcore") / "_data" / "mnist" / file,
+            Path(__file__).parent.parent / "data" / "mnist" / file,
+        ]
+    folder = os.environ.get("NGD_DATA_DIR")
+    given = [Path(folder) / "mnist" / file, Path(folder) / file] if folder else []
+    return [*given, _cache() / file]
+
+
+def _read(path, sha256) -> np.ndarray:
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, gzip.zlib.error) as error:
+        raise DataError(f"{path} is truncated or no gzip file ({error}); delete it and fetch it again") from error
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise DataError(
+            f"{path} has been altered (SHA-256 of its uncompressed bytes differs); delete it and fetch it again"
+        )
+    shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def _cache() -> Path:
+    import pooch
+
+    return Path(pooch.os_cache("ngdcore"))
+
+
+def _download(name, sha256) -> Path:
+    import pooch
+
+    if name in _SHIPPED:
+        raise DataError(f"{name}.gz ships with ngdcore but is missing from this installation; install ngdcore again")
+    pooch.get_logger().setLevel("WARNING")
+    failures = []
+    for mirror in _MIRRORS:
+        try:
+            path = Path(pooch.retrieve(f"{mirror}{name}.gz", known_hash=None, fname=f"{name}.gz", path=_cache()))
+            _read(path, sha256)
+            return path
+        except DataError as error:
+            path.unlink()
+            failures.append(f"{mirror}: {error}")
+        except Exception as error:  # whatever the network or the server does, the next mirror may have the file
+            failures.append(f"{mirror}: {type(error).__name__}")
+    raise DataError(
+        f"{name}.gz is needed and was found nowhere; put it into a folder named by NGD_DATA_DIR, or into {_cache()}."
+        f" Mirrors tried: {'; '.join(failures)}"
+    )
+
+
+def _normalise(x, norm):
+    if norm is None:
+        return x
+    length = x.norm(dim=1, keepdim=True)
+    if (length == 0).any():
+        raise ValueError(f"row {int(length.argmin())} is zero and cannot be normalised; use norm=None")
+    return x / length * (1.0 if norm == "unit" else math.sqrt(x.shape[1]))
+
+
+def _targets(labels, classes):
+    if len(classes) == 2:
+        return torch.where(labels == classes[0], 1.0, -1.0).double()[:, None]
+    return (labels[:, None] == torch.tensor(classes)).double()
+
+
+def sphere(
+    n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
+    r"""n points drawn uniformly from the unit sphere in :math:`\mathbb R^d`, shape (n, d).
+
+    Raises
+    ------
+    ValueError
+        If ``n`` or ``d`` is below 1.
+
+    Examples
+    --------
+    >>> import ngdcore as ngd
+    >>> x = ngd.data.sphere(5, 3, seed=0)
+    >>> bool(((x.norm(dim=1) - 1).abs() < 1e-12).all())
+    True
+    """
+    return _normalise(gaussian(n, d, seed), "unit").to(dtype=dtype, device=device)
+
+
+def gaussian(
+    n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
+    r"""n rows of d independent standard normal numbers.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` or ``d`` is below 1.
+
+    Examples
+    --------
+    >>> import ngdcore as ngd
+    >>> ngd.data.gaussian(5, 3, seed=0).shape
+    torch.Size([5, 3])
+    """
+    if n < 1 or d < 1:
+        raise ValueError(f"n={n} and d={d} must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype=dtype, device=device)

@@ -1,0 +1,327 @@
+"""Scales, settings, and the ledger: what a chapter measured, against what was predicted and what was printed.
+
+Nothing is kept in the process: a row travels in the metadata of the cell's output, so that a notebook, executed or
+cached, carries its own ledger. `harvest` collects the rows again.
+"""
+
+import difflib
+import html
+import json
+import os
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import yaml
+
+__all__ = [
+    "scale",
+    "settings",
+    "Settings",
+    "device",
+    "record",
+    "verdict",
+    "registry",
+    "harvest",
+    "save",
+    "recorded",
+    "glue",
+]
+
+SCALES = ("quick", "paper")
+VERDICTS = ("open", "not reproduced", "corrected", "derived", "noted", "reproduced")  # worst first
+
+
+def scale() -> str:
+    """The scale of this run, from ``NGD_SCALE``: ``"quick"`` (default) or ``"paper"``.
+
+    Raises
+    ------
+    ValueError
+        For any other value.
+
+    Examples
+    --------
+    >>> scale() in ("quick", "paper")
+    True
+    """
+    name = os.environ.get("NGD_SCALE", "quick")
+    if name not in SCALES:
+        raise ValueError(f"NGD_SCALE={name!r} is unknown; use one of {SCALES}")
+    return name
+
+
+class Settings(SimpleNamespace):
+    """The settings of one experiment at the scale of this run; attributes, nothing else. Made by `settings`."""
+
+
+def settings(quick: dict, paper: dict | None = None) -> Settings:
+    """The settings of one experiment: ``quick``, with what ``paper`` changes when ``NGD_SCALE=paper``.
+
+    Settings that stand in a notebook's variables are written into every ledger row of that notebook.
+
+    Examples
+    --------
+    >>> settings(dict(n=500, seed=0), paper=dict(n=60000)).seed
+    0
+    """
+    name = scale()
+    return Settings(**{**quick, **((paper or {}) if name == "paper" else {})})
+
+
+def device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- ledger
+
+
+@cache
+def registry() -> dict[str, dict]:
+    """Every claim of the three papers by ID: ``id, paper, kind, at, title, grade``.
+
+    Examples
+    --------
+    >>> registry()["Z-T1"]["at"]
+    'Theorem 1'
+    """
+    packaged = resources.files("ngdcore") / "claims.yml"
+    path = packaged if packaged.is_file() else Path(__file__).parent.parent / "book" / "claims.yml"
+    papers = yaml.safe_load(path.read_text())
+    empty = {"at": "", "grade": None}
+    return {claim["id"]: {**empty, "paper": paper, **claim} for paper, claims in papers.items() for claim in claims}
+
+
+def record(
+    claim: str,
+    measured,
+    predicted,
+    rel: str = "==",
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    printed=None,
+    printed_rel: str | None = None,
+    derived: bool = False,
+    note: str | None = None,
+) -> dict:
+    r"""Write one row of the ledger: is ``measured rel predicted`` within tolerance, and was it so in print?
+
+    With :math:`s = atol + rtol\,|p|`, ``==`` holds where :math:`|m - p| \le s`, ``<=`` where :math:`m \le p + s`, ``>=`` where
+    :math:`m \ge p - s`; arrays hold where every entry does, and NaN or infinity never does.
+
+    Parameters
+    ----------
+    claim : str
+        An ID of the registry, or ``ID/part`` (three parts at most).
+    measured, predicted : number or array
+        ``measured`` comes from a run or a dense reference that shares no call with ``predicted``.
+    rel : {"==", "<=", ">="}
+    rtol, atol : float
+        From a reason stated in the chapter before the run.
+    printed : number or array, optional
+        The printed formula, evaluated; a row whose prediction holds while this fails is a correction.
+    printed_rel : str, optional
+        The printed relation where it differs from ``rel``.
+    derived : bool
+        The row asserts the steps of a definition, condition, lemma or remark rather than an experiment.
+    note : str, optional
+        One sentence for the scoreboard.
+
+    Returns
+    -------
+    dict
+        The row; in a notebook it is also displayed.
+
+    Raises
+    ------
+    KeyError
+        For an ID that the registry does not have.
+    ValueError
+        For an unknown relation, or shapes that do not broadcast.
+
+    Examples
+    --------
+    >>> row = record("Z-T1/rate", measured=[0.5, 0.2], predicted=[0.5, 0.25], rel="<=")
+    >>> row["holds"], row["slack"]
+    (True, 1.0)
+    """
+    name, _, part = claim.partition("/")
+    if name not in registry():
+        close = difflib.get_close_matches(name, registry(), n=3)
+        raise KeyError(f"{name!r} is not in the registry of claims; did you mean {close}?")
+    m, p = _numbers(measured), _numbers(predicted)
+    q = None if printed is None else _numbers(printed)
+    like = measured if isinstance(measured, torch.Tensor) else None
+    used = _notebook_settings()
+    row = {
+        "id": name, "part": part or None, "measured": m.tolist(), "predicted": p.tolist(),
+        "printed": None if q is None else q.tolist(), "rel": rel, "printed_rel": printed_rel or rel,
+        "rtol": float(rtol), "atol": float(atol),
+        "holds": _holds(m, p, rel, rtol, atol),
+        "printed_holds": None if q is None else _holds(m, q, printed_rel or rel, rtol, atol),
+        "derived": bool(derived), "slack": _slack(m, p, rel), "note": note,
+        "settings": used, "scale": scale(), "seeds": used.get("seeds", [used["seed"]] if "seed" in used else []),
+        "dtype": str(like.dtype if like is not None else m.dtype).removeprefix("torch."),
+        "device": str(like.device if like is not None else "cpu"),
+    }  # fmt: skip
+    _display(_row_text(row), _row_html(row), {"ngd": json.loads(json.dumps(row, default=str))})
+    return row
+
+
+def verdict(claim: dict, rows: list[dict]) -> str:
+    """The verdict on a claim from its rows: the worst of its parts, ``"open"`` if there are none.
+
+    A prediction that fails: *not reproduced*. One that holds where the printed form fails: *corrected*. Otherwise
+    *derived* (a definition, condition, lemma or remark whose steps are asserted), or *reproduced*. Corrections of
+    grade C (readings of a damaged or ambiguous text) are *noted*.
+
+    Examples
+    --------
+    >>> verdict(registry()["Z-T1"], [])
+    'open'
+    """
+
+    def of(row):
+        if not row["holds"]:
+            return "not reproduced"
+        if row["printed"] is not None and row["printed_holds"] is False:
+            return "corrected"
+        if claim.get("grade") == "C":
+            return "noted"
+        if row["derived"] and claim["kind"] in ("definition", "condition", "lemma", "remark"):
+            return "derived"
+        return "reproduced"
+
+    return min((of(row) for row in rows), key=VERDICTS.index, default="open")
+
+
+def harvest(notebook: dict) -> tuple[list[dict], dict]:
+    """Ledger rows, and what `save` kept, from the outputs of an executed notebook (as parsed JSON)."""
+    rows, saved = [], {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            metadata = output.get("metadata", {})
+            rows += [metadata["ngd"]] if "ngd" in metadata else []
+            saved |= metadata.get("ngd_saved", {})
+    return rows, saved
+
+
+def save(**values) -> None:
+    """Keep numbers or arrays of a run with the notebook; ``python -m ngdcore record`` writes them to data/recorded/."""
+    kept = {name: _numbers(value).tolist() for name, value in values.items()}
+    _display(f"saved: {', '.join(kept)}", None, {"ngd_saved": kept})
+
+
+def recorded(chapter: str) -> dict | None:
+    """The recorded run of a chapter (rows, saved values, device, versions, seconds), or None if there is none yet."""
+    packaged = resources.files("ngdcore") / "_data" / "recorded" / f"{chapter}.json"
+    checkout = Path(__file__).parent.parent / "data" / "recorded" / f"{chapter}.json"
+    for path in (checkout, packaged):
+        if path.is_file():
+            return json.loads(path.read_text())
+    return None
+
+
+def glue(name: str, value) -> None:
+    """Make ``value`` available to the prose as ``{glue:text}`name```; outside the book it does nothing visible."""
+    prefix = "application/papermill.record/"
+    _publish({f"{prefix}text/plain": str(value)}, {"scrapbook": {"name": name, "mime_prefix": prefix}})
+
+
+def _numbers(value) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    elif isinstance(value, (list, tuple)):
+        value = [v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in value]
+    return np.asarray(value, dtype=float)
+
+
+def _holds(m, p, rel, rtol, atol) -> bool:
+    if rel not in ("==", "<=", ">="):
+        raise ValueError(f"rel={rel!r} is unknown; use '==', '<=' or '>='")
+    m, p = np.broadcast_arrays(m, p)
+    if not (np.isfinite(m).all() and np.isfinite(p).all()):
+        return False
+    slack = atol + rtol * np.abs(p)
+    excess = {"==": np.abs(m - p), "<=": m - p, ">=": p - m}[rel]
+    return bool((excess <= slack).all())
+
+
+def _slack(m, p, rel):
+    """How far a bound is from being met with equality, at its tightest entry, as a ratio."""
+    if rel == "==":
+        return None
+    large, small = (p, m) if rel == "<=" else (m, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(np.broadcast_arrays(large, small)[1] > 0, large / small, np.inf)
+    tightest = float(np.min(ratio))
+    return tightest if np.isfinite(tightest) else None
+
+
+def _notebook_settings() -> dict:
+    """All `Settings` among the notebook's variables, merged."""
+    shell = _shell()
+    merged = {}
+    for name, value in sorted(shell.user_ns.items()) if shell else ():
+        if isinstance(value, Settings) and not name.startswith("_"):
+            merged |= vars(value)
+    return merged
+
+
+def _shell():
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return None
+    return get_ipython()
+
+
+def _display(text, markup, metadata) -> None:
+    _publish({"text/plain": text} | ({"text/html": markup} if markup else {}), metadata)
+
+
+def _publish(data, metadata) -> None:
+    if _shell() is not None:
+        from IPython.display import display
+
+        display(data, raw=True, metadata=metadata)
+
+
+def _brief(value) -> str:
+    a = np.asarray(value, dtype=float)
+    if a.ndim == 0:
+        return f"{float(a):.4g}"
+    return f"{a.min():.3g} to {a.max():.3g} ({a.size} values)"
+
+
+def _row_cells(row):
+    name = row["id"] + (f"/{row['part']}" if row["part"] else "")
+    tolerance = (
+        " + ".join(f"{row[k]:.1g}{unit}" for k, unit in (("rtol", " rel."), ("atol", " abs.")) if row[k]) or "exact"
+    )
+    cells = [name, _brief(row["measured"]), row["rel"], _brief(row["predicted"]), tolerance]
+    if row["printed"] is not None:
+        cells.append(
+            f"printed: {row['printed_rel']} {_brief(row['printed'])} {'holds' if row['printed_holds'] else 'fails'}"
+        )
+    return cells, "holds" if row["holds"] else "FAILS"
+
+
+def _row_text(row) -> str:
+    (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
+    return f"{name}: measured {m} {rel} {p} predicted (tolerance {tolerance}): {outcome}" + "".join(
+        f"; {x}" for x in printed
+    )
+
+
+def _row_html(row) -> str:
+    (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
+    rest = "".join(f" · {html.escape(x)}" for x in printed)
+    return (
+        f'<div class="ngd-row ngd-{outcome.lower()}"><strong>{name}</strong> measured {m} {html.escape(rel)} {p}'
+        f" predicted (tolerance {tolerance}): <em>{outcome}</em>{rest}</div>"
+    )

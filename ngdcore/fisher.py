@@ -1,0 +1,431 @@
+r"""Approximate Fisher matrices, one small class each, seen from the output space.
+
+A Fisher :math:`F` turns an output residual :math:`g` into a weight direction :math:`d = \frac1N F^+ J^\top g`, and a
+pair of factors into the coefficient matrix :math:`Q = \frac1N J F^+ J^\top`. The one law holds for all of them:
+pushing the direction forward gives :math:`J d = Q g`. With damping, :math:`F + \rho I` stands for :math:`F`.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import Factors, Signals, empirical
+
+__all__ = ["Fisher", "Exact", "LayerWise", "BlockDiagonal", "Info", "RankDeficient"]
+
+WARN_FLOAT32 = 1e6
+
+
+class RankDeficient(ArithmeticError):
+    """A Gram matrix (or damped system) has no inverse to working precision; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a solve reports: the estimated condition number of the (worst) solved matrix, and the jitter added to it."""
+
+    condition: float
+    jitter: float
+
+
+class Fisher:
+    """What all Fishers share. Subclasses say how output weights are found (`_weights`)."""
+
+    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
+        r"""The coefficient matrix :math:`Q = \frac1N J(x') (F + \rho I)^+ J(x)^\top`.
+
+        Parameters
+        ----------
+        factors : Factors
+            Square factors for the training rows, or ``fac.cross(x_test)`` for test rows.
+        damping : float
+            :math:`\rho \ge 0`, added to F (hence :math:`N\rho` to Gram matrices).
+
+        Returns
+        -------
+        Tensor, (rows C, N C)
+            To first order a step of size eta moves the outputs at x' by ``-eta * Q @ (f - y)``. 1/N is inside; for
+            the exact Fisher on training rows Q is the identity.
+
+        Raises
+        ------
+        RankDeficient
+            When a Gram matrix to be inverted is singular to working precision.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=3)
+        >>> torch.allclose(ngd.fisher.BlockDiagonal().coefficient(fac), 3 * torch.eye(3, dtype=torch.float64))
+        True
+        """
+        train = factors.train
+        identity = torch.eye(train.columns * train.c, dtype=train.dtype, device=train.device)
+        weights, _ = self._weights(train, identity, _check_damping(damping))
+        if isinstance(weights, Tensor):
+            return factors.gram() @ weights
+        return sum(factors.layer(l) @ w for l, w in enumerate(weights) if w is not None)
+
+    def alpha(self, factors: Factors, tol: float = 1e-8) -> float:
+        r"""The isotropic constant :math:`\alpha = \mathrm{tr}\,Q/\mathrm{rank}\,Q`, if Q acts as :math:`\alpha I` on its range.
+
+        Parameters
+        ----------
+        factors : Factors
+            Square factors.
+        tol : float
+            Largest :math:`\|Q^2 - \alpha Q\|_F/\|Q^2\|_F` that counts as isotropic.
+
+        Raises
+        ------
+        ValueError
+            When Q is not isotropic within ``tol``, or the factors are not square.
+
+        Notes
+        -----
+        Karakida & Osawa (2020), eq. 12; the best learning rate is :math:`1/\alpha`.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=4)
+        >>> round(ngd.fisher.BlockDiagonal().alpha(fac), 8)
+        4.0
+        """
+        if factors.train is not factors:
+            raise ValueError("factors must be square (training rows); alpha is not defined on test rows")
+        Q = self.coefficient(factors)
+        alpha = float(Q.trace() / torch.linalg.matrix_rank(Q))
+        square = Q @ Q
+        defect = float(torch.linalg.norm(square - alpha * Q) / torch.linalg.norm(square))
+        if not defect <= tol:
+            raise ValueError(
+                f"Q is not isotropic: |QQ - alpha Q| / |QQ| = {defect:.2e} > tol = {tol:g}; look at its spectrum"
+            )
+        return alpha
+
+    def direction(self, sig: Signals, g: Tensor, damping: float = 0.0, out: list[Tensor] | None = None) -> list[Tensor]:
+        r"""The natural gradient :math:`\frac1N (F + \rho I)^+ J^\top g`, one tensor a trained parameter.
+
+        Parameters
+        ----------
+        sig : Signals
+            Signals of the training rows.
+        g : Tensor, (N, C) or (NC,)
+            Output residual, :math:`g = N\,\partial L/\partial f`: ``f - y`` for the default loss
+            :math:`\frac1{2N}\sum|f - y|^2`.
+        damping : float
+            :math:`\rho \ge 0`.
+        out : list of Tensor, optional
+            Buffers to write to.
+
+        Returns
+        -------
+        list of Tensor
+            To be subtracted, times the learning rate.
+
+        Raises
+        ------
+        ValueError
+            For a residual of the wrong size, or one that is not finite.
+        RankDeficient
+            When a Gram matrix to be inverted is singular to working precision.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+        >>> d = ngd.fisher.Exact().direction(sig, sig.outputs)
+        >>> torch.allclose(sig.jvp(d), sig.outputs)
+        True
+        """
+        return self.solve(sig, g, damping, out)[0]
+
+    def solve(
+        self, sig: Signals, g: Tensor, damping: float = 0.0, out: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], Info]:
+        """`direction`, and the `Info` of its solve."""
+        if g.numel() != sig.n * sig.c or g.dtype != sig.outputs.dtype or g.device != sig.outputs.device:
+            raise ValueError(
+                f"g must hold N*C = {sig.n * sig.c} numbers of {sig.outputs.dtype} on {sig.outputs.device}"
+            )
+        if not torch.isfinite(g).all():
+            raise ValueError("g holds NaN or infinity: the run has diverged or the loss is not defined there")
+        weights, info = self._weights(empirical(sig), g.reshape(-1, 1), _check_damping(damping))
+        if not isinstance(weights, Tensor):
+            weights = [torch.zeros_like(g) if w is None else w for w in weights]
+        return sig.vjp(weights, out), info
+
+    def best_alpha(self, factors: Factors) -> float:
+        """:math:`1/` the best learning rate; classes that know it in closed form override this."""
+        return self.alpha(factors)
+
+    def _weights(self, factors: Factors, rhs: Tensor, damping: float):
+        r"""Output weights v with :math:`\frac1N (F + \rho)^+ J^\top r = \sum_l J_l^\top v_l` for every column r of rhs.
+
+        One tensor if all layers share it, else one a layer (None: the layer does not move); and an `Info`.
+        """
+        raise NotImplementedError
+
+
+class Exact(Fisher):
+    r"""The exact Fisher, :math:`F = \frac1N J^\top J`: Gauss-Newton with the Moore-Penrose inverse.
+
+    Direction :math:`J^\top (K + N\rho I)^{-1} g`; on training rows :math:`Q = K (K + N\rho I)^{-1}`, the identity
+    without damping.
+
+    Parameters
+    ----------
+    rank : {"raise", "pinv"}
+        What to do with a numerically rank-deficient Gram: raise (naming duplicate or antipodal inputs if they explain
+        it) or take the pseudo-inverse, eigenvalues below ``NC * eps * max`` counting as zero.
+    jitter : float
+        Added to the Gram's diagonal, relative to tr(K)/(NC). 0 unless asked; the step returns the absolute amount.
+
+    Raises
+    ------
+    ValueError
+        For an unknown ``rank`` or a negative ``jitter``.
+
+    Notes
+    -----
+    Zhang, Martens & Grosse (2019), eq. 3; Karakida & Osawa (2020), eq. 13.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=3)
+    >>> ngd.fisher.Exact().alpha(fac)
+    1.0
+    """
+
+    def __init__(self, rank: str = "raise", jitter: float = 0.0):
+        self.rank, self.jitter = _check_solver(rank, jitter)
+
+    def best_alpha(self, factors: Factors) -> float:
+        return 1.0
+
+    def _weights(self, factors, rhs, damping):
+        K = factors.gram()
+        K.diagonal().add_(factors.columns * damping)
+        return _solve_spd(K, rhs, self.rank, self.jitter, factors)
+
+    def __repr__(self) -> str:
+        return f"Exact(rank={self.rank!r}, jitter={self.jitter:g})"
+
+
+class LayerWise(Fisher):
+    r"""The layer-wise class: layers coupled by one symmetric L x L matrix :math:`\Sigma`.
+
+    With :math:`S = \mathrm{blockdiag}(J_1, \dots, J_L)`, :math:`F = \frac1N S^\top (\Sigma \otimes I) S`: block (l, l')
+    of the exact Fisher times :math:`\Sigma_{ll'}`. On training rows, without damping,
+    :math:`Q = (\mathbf 1^\top \Sigma^{-1} \mathbf 1)\,I`, whatever the width.
+
+    Parameters
+    ----------
+    sigma : Tensor or nested sequence, (L, L)
+        Symmetric and nonsingular, one row a trained layer. The matrix of ones, singular, is `Exact`.
+    rank, jitter :
+        As for `Exact`, for every layer's Gram.
+
+    Raises
+    ------
+    ValueError
+        If ``sigma`` is not symmetric, is singular, or does not match the number of trained layers.
+    RankDeficient
+        In a solve, when a layer's Gram matrix is singular, or damping sits on a pole of an indefinite ``sigma``.
+
+    Notes
+    -----
+    Karakida & Osawa (2020), Theorem 4.1, eqs. 15-16. Output weights solve
+    :math:`\sum_{l'} \Sigma_{ll'} K_{l'} v_{l'} + N\rho\,v_l = g`; without damping or coupling, one solve a layer.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=2)
+    >>> F = ngd.fisher.LayerWise([[1.0, 0.5], [0.5, 1.0]])
+    >>> round(F.alpha(fac), 8)
+    1.33333333
+    """
+
+    def __init__(self, sigma: Tensor | Sequence, rank: str = "raise", jitter: float = 0.0):
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        if sigma.ndim != 2 or sigma.shape[0] != sigma.shape[1] or not torch.allclose(sigma, sigma.T):
+            raise ValueError(
+                f"sigma must be a symmetric L x L matrix, one row a trained layer, not of shape {tuple(sigma.shape)}"
+            )
+        if torch.linalg.matrix_rank(sigma) < len(sigma):
+            raise ValueError("sigma is singular: no layer-wise step exists; use Exact() for the matrix of ones")
+        self.sigma = sigma
+        self.rank, self.jitter = _check_solver(rank, jitter)
+
+    def _sigma(self, layers: int) -> Tensor:
+        if len(self.sigma) != layers:
+            raise ValueError(f"sigma is {len(self.sigma)} x {len(self.sigma)}, but the network trains {layers} layers")
+        return self.sigma
+
+    def best_alpha(self, factors: Factors) -> float:
+        return float(torch.linalg.inv(self._sigma(factors.depth)).sum())
+
+    def _weights(self, factors, rhs, damping):
+        sigma = self._sigma(factors.depth)
+        inverse = torch.linalg.inv(sigma).to(rhs)
+        if damping == 0 or torch.equal(sigma, sigma.diag().diag()):
+            return self._decoupled(factors, rhs, damping, inverse)
+        return self._coupled(factors, rhs, damping, inverse)
+
+    def _decoupled(self, factors, rhs, damping, inverse):
+        weights, infos = [], []
+        for l, share in enumerate(inverse.sum(1)):
+            K = factors.layer(l)
+            K.diagonal().add_(factors.columns * damping * inverse[l, l])
+            w, info = _solve_spd(K, share * rhs, self.rank, self.jitter, factors, f"layer {l}'s ")
+            weights.append(w)
+            infos.append(info)
+        return weights, Info(max(i.condition for i in infos), max(i.jitter for i in infos))
+
+    def _coupled(self, factors, rhs, damping, inverse):
+        # the symmetric form of the coupled system: (blockdiag(K_l) + N rho Sigma^-1 x I) v = Sigma^-1 1 x g
+        grams = [factors.layer(l) for l in range(factors.depth)]
+        M = torch.block_diag(*grams) + factors.columns * damping * torch.kron(inverse, torch.eye(len(rhs)).to(rhs))
+        b = torch.cat([share * rhs for share in inverse.sum(1)])
+        if torch.linalg.eigvalsh(self.sigma)[0] > 0:
+            v, info = _solve_spd(M, b, self.rank, self.jitter, factors, "the damped layer-wise ")
+        else:
+            v, info = _solve_indefinite(M, b, damping)
+        return list(v.split(len(rhs))), info
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()" if type(self) is not LayerWise else f"LayerWise({self.sigma.tolist()})"
+
+
+class BlockDiagonal(LayerWise):
+    r"""The exact Fisher's diagonal blocks, one a layer: :math:`\Sigma = I`, :math:`\alpha = L`.
+
+    Direction of layer l: :math:`J_l^\top (K_l + N\rho I)^{-1} g`; the best learning rate is 1/L.
+
+    Parameters
+    ----------
+    rank, jitter :
+        As for `Exact`, for every layer's Gram.
+
+    Raises
+    ------
+    RankDeficient
+        In a solve, when some layer's Gram matrix is singular. The last layer's needs at least N inputs.
+
+    Notes
+    -----
+    Karakida & Osawa (2020), eq. 18.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> d = ngd.fisher.BlockDiagonal().direction(sig, sig.outputs)
+    >>> torch.allclose(sig.jvp(d), 2 * sig.outputs)
+    True
+    """
+
+    def __init__(self, rank: str = "raise", jitter: float = 0.0):
+        self.rank, self.jitter = _check_solver(rank, jitter)
+
+    def _sigma(self, layers: int) -> Tensor:
+        return torch.eye(layers, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------- solves
+
+
+def _solve_spd(K, rhs, rank, jitter, factors, name="the "):
+    """Solve K v = rhs for a symmetric positive (semi-)definite K: Cholesky and two triangular solves."""
+    shift = jitter * float(K.diagonal().mean())
+    K.diagonal().add_(shift)
+    factor, failed = torch.linalg.cholesky_ex(K)
+    condition = float("inf") if failed else _condition(K, factor)
+    eps = torch.finfo(K.dtype).eps
+    single = eps > 1e-10
+    if not condition < (1 / eps if single else 1 / (len(K) * eps)):
+        if rank == "pinv":
+            return _solve_pinv(K, rhs, shift)
+        raise RankDeficient(
+            f"{name}Gram matrix ({len(K)} x {len(K)}) is singular to {K.dtype}"
+            f" (estimated condition number {condition:.1e}){_culprits(factors)}."
+            + (" Use float64," if single else " Use")
+            + " rank='pinv' for the pseudo-inverse, or damping."
+        )
+    if single and condition > WARN_FLOAT32:
+        warnings.warn(
+            f"{name}Gram matrix has condition number {condition:.1e}: a float32 solve keeps few digits; use float64",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True), Info(condition, shift)
+
+
+def _solve_pinv(K, rhs, shift):
+    values, vectors = torch.linalg.eigh(K)
+    keep = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
+    if not keep.any():
+        raise RankDeficient("the Gram matrix is zero: no output depends on a trained parameter")
+    values, vectors = values[keep], vectors[:, keep]
+    return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(float(values[-1] / values[0]), shift)
+
+
+def _solve_indefinite(M, rhs, damping):
+    values, vectors = torch.linalg.eigh(M)
+    size = values.abs()
+    condition = float(size.max() / size.min())
+    if not condition < 1 / (len(M) * torch.finfo(M.dtype).eps):
+        raise RankDeficient(
+            f"damping={damping:g} sits on a pole of the damped layer-wise system; move it by a few percent"
+        )
+    return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(condition, 0.0)
+
+
+def _condition(K, factor, sweeps: int = 6) -> float:
+    """Estimate (from below) of the condition number of K: a few power and inverse iterations on a Cholesky factor."""
+    v = torch.randn(len(K), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(K)
+    top, low = v / v.norm(), v / v.norm()
+    for _ in range(sweeps):
+        top = K @ top
+        largest, top = top.norm(), top / top.norm()
+        half = torch.linalg.solve_triangular(factor, low, upper=False)
+        low = torch.linalg.solve_triangular(factor.T, half, upper=True)
+        inverse, low = low.norm(), low / low.norm()
+    condition = float(largest * inverse)
+    return condition if condition == condition else float("inf")
+
+
+def _culprits(factors: Factors) -> str:
+    """Duplicate or antipodal inputs, if there are any: the usual reason of a singular Gram."""
+    if factors.train is not factors:
+        return ""
+    A = factors.A(0)
+    scale = A.diagonal().clamp_min(torch.finfo(A.dtype).tiny).rsqrt()
+    cosine = (A * scale[:, None] * scale).triu(1)
+    found = []
+    for kind, hit in (("duplicate", cosine > 1 - 1e-6), ("antipodal", cosine < -1 + 1e-6)):
+        pairs = hit.nonzero()
+        if len(pairs):
+            found.append(f"{len(pairs)} pair(s) of {kind} inputs, the first in rows {pairs[0].tolist()}")
+    return "; there are " + " and ".join(found) if found else ""
+
+
+def _check_solver(rank, jitter):
+    if rank not in ("raise", "pinv"):
+        raise ValueError(f"rank={rank!r} is unknown; use 'raise' or 'pinv'")
+    if not jitter >= 0:
+        raise ValueError(f"jitter={jitter} must be 0 or positive (relative to the mean diagonal of the Gram)")
+    return rank, float(jitter)
+
+
+def _check_damping(damping) -> float:
+    if not (damping >= 0 and damping < float("inf")):
+        raise ValueError(f"damping={damping} must be 0 or positive; it is added to the Fisher matrix")
+    return float(damping)

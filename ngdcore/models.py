@@ -1,0 +1,281 @@
+"""Networks whose layers carry their parameterisation: `MLP`, `TwoLayerReLU`, `DeepLinear`.
+
+All three are ordinary `torch.nn.Sequential` modules made of `Linear` and elementwise activations, which is
+all that `ngdcore.kernels.signals` asks of a network.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "TwoLayerReLU", "DeepLinear", "Linear", "Erf", "ACTIVATIONS"]
+
+
+class Erf(nn.Module):
+    r"""The Gauss error function, :math:`\phi(u) = \mathrm{erf}(u)`, elementwise.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> ngd.models.Erf()(torch.zeros(2))
+    tensor([0., 0.])
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.erf(u)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "erf": Erf, "identity": nn.Identity}
+
+
+class Linear(nn.Linear):
+    r"""A linear layer with explicit scales, :math:`u = s_w\, h W^\top + s_b\, b`.
+
+    ``nn.Linear`` with two constants in front. The NTK parameterisation keeps the weights standard normal and
+    puts :math:`s_w = \sigma_w/\sqrt{M_{in}}`, :math:`s_b = \sigma_b`; the standard one has both equal to 1.
+    Weights are left unset: the network that owns the layer draws them from its own generator.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool
+    weight_scale, bias_scale : float
+        :math:`s_w` and :math:`s_b`.
+
+    Examples
+    --------
+    >>> layer = Linear(3, 2, bias=False, weight_scale=0.5)
+    >>> layer.weight.shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, in_features, out_features, bias=True, weight_scale=1.0, bias_scale=1.0, dtype=None, device=None):
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype, device=device)
+        self.weight_scale, self.bias_scale = float(weight_scale), float(bias_scale)
+
+    def reset_parameters(self) -> None:
+        """Leave the weights alone: drawing here would consume torch's global generator."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        u = self.weight_scale * (h @ self.weight.T)
+        return u if self.bias is None else u + self.bias_scale * self.bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_scale={self.weight_scale:.4g}, bias_scale={self.bias_scale:.4g}"
+
+
+class MLP(nn.Sequential):
+    r"""A fully connected network of any depth, widths, activation and number of outputs.
+
+    :math:`u_l = s_w\,h_{l-1} W_l^\top + s_b\,b_l`, :math:`h_l = \phi(u_l)` for :math:`l < L`, output
+    :math:`f = u_L` with :math:`C` = ``widths[-1]`` columns. With :math:`\sigma_w^2` = ``weight_var`` and
+    :math:`\sigma_b^2` = ``bias_var``:
+
+    * ``"ntk"``: :math:`W, b \sim N(0, 1)`, :math:`s_w = \sigma_w/\sqrt{M_{l-1}}`, :math:`s_b = \sigma_b`;
+    * ``"standard"``: :math:`W \sim N(0, \sigma_w^2/M_{l-1})`, :math:`b \sim N(0, \sigma_b^2)`, scales 1.
+
+    Both give the same function at the start and different gradients.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Input size, hidden widths, number of outputs: ``[784, 4096, 4096, 1]`` has three weight matrices.
+    activation : {"relu", "tanh", "erf", "identity"}
+    weight_var, bias_var : float
+        :math:`\sigma_w^2 > 0` and :math:`\sigma_b^2 \ge 0`.
+    parameterization : {"ntk", "standard"}
+    bias : bool, optional
+        Whether layers have biases; by default they do exactly when ``bias_var > 0``.
+    seed : int
+        Seed of the generator that draws every weight, on the CPU in float64: the same seed gives the same
+        network (up to rounding) in every dtype and on every device.
+    dtype : torch.dtype
+        float64 unless asked.
+    device : torch.device or str
+
+    Raises
+    ------
+    ValueError
+        For fewer than two widths, a width below 1, an unknown activation or parameterisation, a negative variance.
+
+    Notes
+    -----
+    Karakida & Osawa (2020), eqs. 1-2, for the NTK parameterisation.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> net = ngd.models.MLP([5, 8, 2], activation="tanh", seed=0)
+    >>> net(torch.ones(3, 5, dtype=torch.float64)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        activation: str = "relu",
+        weight_var: float = 2.0,
+        bias_var: float = 0.0,
+        parameterization: str = "ntk",
+        bias: bool | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ):
+        widths = _check_widths(widths)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is unknown; use one of {sorted(ACTIVATIONS)}")
+        if parameterization not in ("ntk", "standard"):
+            raise ValueError(f"parameterization={parameterization!r} is unknown; use 'ntk' or 'standard'")
+        if not (weight_var > 0 and bias_var >= 0):
+            raise ValueError(f"weight_var={weight_var} must be positive and bias_var={bias_var} not negative")
+        super().__init__()
+        generator = _generator(seed)
+        bias = bias_var > 0 if bias is None else bias
+        for l, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
+            spread, shift = math.sqrt(weight_var / fan_in), math.sqrt(bias_var)
+            ntk = parameterization == "ntk"
+            scales = dict(weight_scale=spread, bias_scale=shift) if ntk else {}
+            layer = Linear(fan_in, fan_out, bias=bias, dtype=dtype, device=device, **scales)
+            _fill(layer.weight, _normal((fan_out, fan_in), generator) * (1.0 if ntk else spread))
+            if bias:
+                _fill(layer.bias, _normal((fan_out,), generator) * (1.0 if ntk else shift))
+            self.append(layer)
+            if l < len(widths) - 2:
+                self.append(ACTIVATIONS[activation]())
+
+
+class TwoLayerReLU(nn.Sequential):
+    r"""The two-layer ReLU network of Zhang et al.: only the first layer is trained.
+
+    :math:`f(x) = \frac1{\sqrt m}\sum_{r=1}^m a_r\,\mathrm{relu}(w_r^\top x)`, with
+    :math:`w_r \sim N(0, \nu^2 I_d)` trained and :math:`a_r = \pm 1` (fair coin) frozen.
+
+    Parameters
+    ----------
+    d, width : int
+        Input size and number of hidden units :math:`m`.
+    nu : float
+        Standard deviation of the first layer's weights.
+    seed : int
+        Seed of the generator that draws :math:`w`, then :math:`a`.
+    dtype, device :
+        As for `MLP`.
+
+    Raises
+    ------
+    ValueError
+        For a size below 1 or ``nu`` not positive.
+
+    Notes
+    -----
+    Zhang, Martens & Grosse (2019), eq. 8. The output weights are stored as :math:`a_r` behind a scale
+    :math:`1/\sqrt m`, with ``requires_grad=False``: `ngdcore.kernels.signals` skips frozen layers.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> net = ngd.models.TwoLayerReLU(d=4, width=16, seed=0)
+    >>> [p.shape for p in net.parameters() if p.requires_grad]
+    [torch.Size([16, 4])]
+    """
+
+    def __init__(
+        self,
+        d: int,
+        width: int,
+        nu: float = 1.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ):
+        d, width = _check_widths([d, width])
+        if not nu > 0:
+            raise ValueError(f"nu={nu} must be positive: it is the standard deviation of the first layer's weights")
+        generator = _generator(seed)
+        first = Linear(d, width, bias=False, dtype=dtype, device=device)
+        _fill(first.weight, nu * _normal((width, d), generator))
+        last = Linear(width, 1, bias=False, weight_scale=1 / math.sqrt(width), dtype=dtype, device=device)
+        signs = torch.randint(0, 2, (1, width), generator=generator).double().mul_(2).sub_(1)
+        _fill(last.weight, signs)
+        last.weight.requires_grad_(False)
+        super().__init__(first, nn.ReLU(), last)
+
+
+class DeepLinear(nn.Sequential):
+    r"""A deep linear network, :math:`f(x) = W_L \cdots W_1 x`, without biases.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        :math:`n_0, \dots, n_L`; ``[20] * 17`` has 16 weight matrices.
+    init : {"orthogonal", "gaussian"}
+        ``"orthogonal"``: (semi-)orthogonal matrices, Haar distributed; ``"gaussian"``: entries
+        :math:`N(0, 1/n_{l-1})`.
+    gain : float
+        Factor in front of every matrix.
+    seed, dtype, device :
+        As for `MLP`.
+
+    Raises
+    ------
+    ValueError
+        For bad widths or an unknown ``init``.
+
+    Notes
+    -----
+    Bernacchia, Lengyel & Hennequin (2018), section 2.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> net = ngd.models.DeepLinear([3] * 5, seed=0)
+    >>> total = torch.linalg.multi_dot([layer.weight for layer in reversed(net)])
+    >>> torch.allclose(total @ total.T, torch.eye(3, dtype=torch.float64))
+    True
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        init: str = "orthogonal",
+        gain: float = 1.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ):
+        widths = _check_widths(widths)
+        if init not in ("orthogonal", "gaussian"):
+            raise ValueError(f"init={init!r} is unknown; use 'orthogonal' or 'gaussian'")
+        super().__init__()
+        generator = _generator(seed)
+        for fan_in, fan_out in zip(widths, widths[1:]):
+            layer = Linear(fan_in, fan_out, bias=False, dtype=dtype, device=device)
+            if init == "orthogonal":
+                weight = nn.init.orthogonal_(torch.empty(fan_out, fan_in, dtype=torch.float64), generator=generator)
+            else:
+                weight = _normal((fan_out, fan_in), generator) / math.sqrt(fan_in)
+            _fill(layer.weight, gain * weight)
+            self.append(layer)
+
+
+def _check_widths(widths) -> list[int]:
+    widths = list(widths)
+    if len(widths) < 2 or any(not isinstance(w, int) or w < 1 for w in widths):
+        raise ValueError(f"widths={widths} must hold at least two whole numbers of 1 or more (input, ..., output)")
+    return widths
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _normal(shape, generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)

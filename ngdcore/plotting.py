@@ -1,0 +1,67 @@
+"""One look for every figure: a colour an optimizer, theory as lines, runs as dots, spread as bands."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+__all__ = ["COLORS", "style", "theory", "runs", "band", "heatmap"]
+
+_base = sns.color_palette("colorblind")
+COLORS = {
+    "gd": _base[7],  # grey: the method everything is compared with
+    "ngd": _base[0],
+    "block-diagonal": _base[2],
+    "block-tridiagonal": _base[4],
+    "k-fac": _base[1],
+    "unit-wise": _base[8],
+    "adam": _base[9],
+    "theory": (0.15, 0.15, 0.15),
+    "target": _base[3],
+    "bound": _base[5],
+}
+
+
+def style() -> None:
+    """Set the book's figure style for this notebook (call once, after the imports).
+
+    Examples
+    --------
+    >>> style()
+    """
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update({
+        "figure.figsize": (7.0, 3.6), "figure.dpi": 110, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+        "legend.frameon": False, "lines.linewidth": 1.8, "font.size": 11,
+    })  # fmt: skip
+
+
+def theory(ax, x, y, key: str = "theory", label: str | None = None, **kwargs):
+    """Draw a predicted curve: a line in the colour of ``key``."""
+    return ax.plot(_array(x), _array(y), "-", color=COLORS[key], label=label, zorder=1, **kwargs)
+
+
+def runs(ax, x, y, key: str, label: str | None = None, **kwargs):
+    """Draw a measured run: dots in the colour of ``key``."""
+    return ax.plot(_array(x), _array(y), "o", color=COLORS[key], label=label, ms=4.5, mec="white", mew=0.5, **kwargs)
+
+
+def band(ax, x, ys, key: str, label: str | None = None):
+    """Draw several runs, (seeds, points): the median as dots on a thin line, smallest to largest as a band."""
+    x, ys = _array(x), _array(ys)
+    ax.fill_between(x, ys.min(0), ys.max(0), color=COLORS[key], alpha=0.2, lw=0)
+    return ax.plot(x, np.median(ys, 0), "o-", color=COLORS[key], label=label, ms=4.5, lw=0.9, mec="white", mew=0.5)
+
+
+def heatmap(ax, matrix, label: str, **kwargs):
+    """Draw a matrix with a diverging map centred at zero and a labelled colour bar."""
+    matrix = _array(matrix)
+    top = np.abs(matrix).max()
+    sns.heatmap(
+        matrix, ax=ax, cmap="vlag", vmin=-top, vmax=top, square=True, xticklabels=False, yticklabels=False,
+        cbar_kws={"label": label, "shrink": 0.8}, **kwargs,
+    )  # fmt: skip
+
+
+def _array(value):
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value, dtype=float)
