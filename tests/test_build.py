@@ -1,0 +1,88 @@
+"""When the book runs chapters again, and that a failing one fails it; on a small book of one chapter."""
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import ROOT, jupyter_book
+
+CHAPTER = """---
+file_format: mystnb
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# A chapter
+
+```{{code-cell}} python3
+import os
+from IPython.display import display
+row = dict(id="Z-T1", part=None, measured={measured}, predicted=1.0, printed=None, rel="==", rtol=1e-6, atol=None,
+           holds=True, printed_holds=None, derived=False, slack=None, note=None, settings={{}}, seeds=[0],
+           scale=os.environ.get("NGD_SCALE", "quick"), dtype="float64", device="cpu")
+display({{"text/plain": "a row"}}, raw=True, metadata={{"ngd": row}})
+```
+"""
+TABLES = ("claims} Z-T1", "tally}", "build-report}", "scoreboard}")
+PROSE = "# Results\n\n## Rows\n\n" + "\n".join(f"```{{{table}\n```\n" for table in TABLES)
+
+
+@pytest.fixture
+def small(tmp_path):
+    for folder in ("ngdcore", "book/_ext", "book/assets/css"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "book/claims.yml", tmp_path / "book")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config["bibtex_bibfiles"] = []
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: results\nchapters: [file: chapter]\n")
+    (tmp_path / "results.md").write_text(PROSE)
+    (tmp_path / "chapter.md").write_text(CHAPTER.format(measured="1.0"))
+    return tmp_path
+
+
+def row(book):
+    claims = json.loads((book / "_build/html/claims.json").read_text())
+    return next(c for c in claims if c["id"] == "Z-T1")
+
+
+def test_a_failing_cell_fails_the_build_twice_running(small):
+    (small / "chapter.md").write_text(CHAPTER.format(measured="1 / 0"))
+    for _ in range(2):
+        status, log = jupyter_book(small)
+        assert status != 0 and "ZeroDivisionError" in log
+
+
+def test_what_runs_again_and_what_the_ledger_keeps(small):
+    def build(**extra):
+        status, log = jupyter_book(small, **extra)
+        assert status == 0, log
+        return "Executing notebook" in log
+
+    def page():
+        return (small / "_build/html/results.html").read_text()
+
+    assert build() and row(small)["verdict"] == "reproduced"
+    first = page()
+    assert 'class="verdict verdict-reproduced"' in first and "Z-T1" in first
+
+    assert not build() and page() == first, "an unchanged book"
+
+    (small / "results.md").write_text(PROSE + "\nOne more sentence.\n")
+    assert not build() and row(small)["measured"] == 1.0, "rows of chapters that were not read again"
+
+    shutil.rmtree(small / "_build/html")
+    shutil.rmtree(small / "_build/.doctrees")
+    shutil.rmtree(small / "_build/jupyter_execute")
+    assert not build() and row(small)["measured"] == 1.0, "rows of a chapter taken from the cache"
+
+    (small / "chapter.md").write_text(CHAPTER.format(measured="1.5"))
+    assert build() and row(small)["measured"] == 1.5 and "1.5" in page(), "a page that was not itself changed"
+
+    with open(small / "ngdcore/__init__.py", "a") as file:
+        file.write("\n# changed\n")
+    assert build(), "a change in the package"
+    assert build(NGD_SCALE="paper") and row(small)["rows"][0]["scale"] == "paper", "another scale"
+    assert not build(), "back to the first"
