@@ -206,11 +206,12 @@ def lower_lines(lines, path):
         if not match or (match["fence"][0] == ":" and not match["name"]):
             out.append(line)
             continue
-        end = next((j for j in range(i, len(lines)) if re.fullmatch(rf" *{match['fence']}{match['fence'][0]}* *", lines[j])),
-                   len(lines))
+        closing = re.compile(rf" *{match['fence']}{match['fence'][0]}* *")
+        end = next((j for j in range(i, len(lines)) if closing.fullmatch(lines[j])), len(lines) - 1)
         body, i = lines[i:end], end + 1
         if match["name"]:
-            plain = directive(match["name"], match["argument"].strip(), [b.removeprefix(match["indent"]) for b in body], path)
+            body = [b.removeprefix(match["indent"]) for b in body]
+            plain = directive(match["name"], match["argument"].strip(), body, path)
             out += [match["indent"] + p if p else p for p in plain]
         else:
             out += [line, *body, lines[end]]
@@ -288,13 +289,17 @@ def convert(path):
 
 def faults(path):
     """What MyST misreads without a warning."""
-    text = re.sub(r"^ *(`{3,})(?!\{(?!code)).*?^ *\1 *$", lambda m: "\n" * m[0].count("\n"), path.read_text(encoding="utf8"),
-                  flags=re.S | re.M)      # code may say what it likes
+    def blank(match):      # code may say what it likes
+        return "\n" * match[0].count("\n")
+    text = path.read_text(encoding="utf8")
+    text = re.sub(r"^ *(`{3,})(?!\{(?!code)).*?^ *\1 *$|`[^`\n]+`", blank, text, flags=re.S | re.M)
     inside, above = False, ""
     for i, line in enumerate(text.split("\n"), 1):
         line = line.strip(" >")
         if line.startswith("$$") and not inside and above and not above.startswith((":", "`", "(")):
             yield f"{path.name}:{i}: a display needs a blank line before it"
+        if not inside and not line.startswith("$$") and "$$" in line:
+            yield f"{path.name}:{i}: a display begins its line"
         if re.match(r"\\begin\{(align|equation|gather)\}", line) and not inside:
             yield f"{path.name}:{i}: number displays by $$ ... $$ (label), with aligned inside"
         inside ^= line.count("$$") % 2 == 1

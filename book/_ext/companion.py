@@ -23,6 +23,7 @@ KEPT_CACHES = 4
 PAPERS = {"zhang2019": "Zhang, Martens, Grosse (2019)", "karakida2020": "Karakida, Osawa (2020)",
           "bernacchia2018": "Bernacchia, Lengyel, Hennequin (2018)"}
 VERDICTS = ("reproduced", "corrected", "derived", "noted", "not reproduced", "open")
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SIGNS = {"==": "=", "<=": "≤", ">=": "≥"}
 
 
@@ -75,33 +76,31 @@ def drop_thebe(app, pagename, templatename, context, doctree):
 # --- The ledger ------------------------------------------------------------------------------------------------------
 
 def rows_of(notebook):
-    cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
-    outputs = [out for cell in cells for out in cell.get("outputs", [])]
-    return [out["metadata"]["ngd"] for out in outputs if "ngd" in out.get("metadata", {})]
+    from ngdcore.experiment import harvest      # the book's package, importable once configured
+    return harvest(json.loads(notebook.read_text(encoding="utf8")))[0]
 
 
 def recorded(root):
     files = sorted((Path(root) / "data" / "recorded").glob("*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf8")) for path in files}
+    return [json.loads(path.read_text(encoding="utf8")) for path in files]
 
 
 def tolerance(row):
-    return {k: row[k] for k in ("rtol", "atol") if row.get(k) is not None}
+    return {k: row[k] for k in ("rtol", "atol") if row.get(k)} or None
 
 
 def entry(claim, rows, chapter, paper_rows):
-    """What claims.json says of one ID. A single row is given as its values, several as lists of them."""
+    """What claims.json says of one ID: with one row its values, with several lists of them."""
     from ngdcore.experiment import verdict
 
     def of(key):
-        values = [row.get(key) for row in rows]
+        values = [tolerance(row) if key == "tolerance" else row.get(key) for row in rows]
         return values[0] if len(values) == 1 else values or None
 
-    return {"id": claim.id, "paper": claim.paper, "kind": claim.kind, "at": claim.at, "title": claim.title,
-            "grade": claim.grade, "chapter": chapter, "verdict": verdict(claim, rows),
-            "verdict_paper": verdict(claim, paper_rows) if paper_rows else None,
-            **{key: of(key) for key in ("predicted", "measured", "printed", "rel", "settings")},
-            "tolerance": tolerance(rows[0]) if len(rows) == 1 else [tolerance(r) for r in rows] or None, "rows": rows}
+    keys = ("predicted", "measured", "printed", "rel", "tolerance", "settings")
+    return {**claim, "chapter": chapter, "verdict": verdict(claim, rows),
+            "verdict_paper": verdict(claim, paper_rows) if paper_rows else None, **{key: of(key) for key in keys},
+            "rows": [{**row, "verdict": verdict(claim, [row])} for row in rows]}
 
 
 def ledger(root, executed):
@@ -112,7 +111,7 @@ def ledger(root, executed):
         for row in rows:
             live.setdefault(row["id"], []).append(row)
             chapters.setdefault(row["id"], docname)
-    for run in recorded(root).values():
+    for run in recorded(root):
         for row in run["rows"] if run["scale"] == "paper" else []:
             paper.setdefault(row["id"], []).append(row)
     claims = registry()
@@ -132,7 +131,7 @@ def build_report(env, executed):
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}, "seconds": seconds}
 
 
-def harvest(app, env):
+def gather(app, env):
     """All pages are read: gather the rows; where anything changed, have the pages with open tables written again."""
     folder = Path(app.outdir).parent / "jupyter_execute"
     notebooks = {doc: folder / f"{doc}.ipynb" for doc in sorted(env.found_docs)}
@@ -157,7 +156,7 @@ def number(x):
     if x is None or isinstance(x, (bool, str)):
         return {None: "–", True: "yes", False: "no"}.get(x, x)
     mantissa, _, exponent = f"{x:.4g}".partition("e")
-    return mantissa + (f" × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}" if exponent else "")
+    return f"{mantissa} × 10{str(int(exponent)).translate(RAISED)}" if exponent else mantissa
 
 
 def value(x):
@@ -207,10 +206,9 @@ def scoreboard(app, page, claims, ids):
 def claim_rows(app, page, claims, ids):
     def line(c, row):
         name = c["id"] + (f'/{row["part"]}' if row.get("part") else "")
-        verdict = c["verdict"] if row["holds"] else "not reproduced"
         return (link(app, page, c["chapter"], escape(name)), value(row["measured"]), SIGNS[row["rel"]],
-                value(row["predicted"]), value(row.get("printed")), value(tolerance(row)) or "–",
-                value(row.get("slack")), badge(verdict))
+                value(row["predicted"]), value(row.get("printed")), value(tolerance(row)),
+                value(row.get("slack")), badge(row["verdict"]))
     found = {c["id"]: c for c in claims}
     if unknown := set(ids) - set(found):
         raise ValueError(f"{page}: not in book/claims.yml: {', '.join(sorted(unknown))}")
@@ -268,7 +266,7 @@ def setup(app):
     app.connect("config-inited", configure)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("env-purge-doc", forget)
-    app.connect("env-updated", harvest)
+    app.connect("env-updated", gather)
     app.connect("doctree-resolved", fill)
     app.connect("build-finished", write_claims)
     app.add_node(Deferred)
