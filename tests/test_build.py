@@ -35,7 +35,8 @@ def small(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "book/claims.yml", tmp_path / "book")
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
-    config["bibtex_bibfiles"] = []
+    config["bibtex_bibfiles"] = ["references.bib"]
+    (tmp_path / "references.bib").touch()
     (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: results\nchapters: [file: chapter]\n")
     (tmp_path / "results.md").write_text(PROSE)

@@ -14,8 +14,10 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+import nbformat
 import numpy as np
 from docutils import nodes
+from jupyter_cache import get_cache
 from sphinx.util.docutils import SphinxDirective
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "jupyter-book")
@@ -75,9 +77,28 @@ def drop_thebe(app, pagename, templatename, context, doctree):
 
 # --- The ledger ------------------------------------------------------------------------------------------------------
 
-def rows_of(notebook):
-    from ngdcore.experiment import harvest      # the book's package, importable once configured
-    return harvest(json.loads(notebook.read_text(encoding="utf8")))[0]
+def keep_rows(app, doctree):
+    """Keep the rows of a page just read with the environment. They come from the cache: it has the outputs, whether
+    the page ran now or long ago, while _build/jupyter_execute has them only if it ran now."""
+    from ngdcore.experiment import harvest
+    env = app.env
+    if "exec_data" not in getattr(env, "nb_metadata", {}).get(env.docname, {}):
+        return
+    page = Path(app.outdir).parent / "jupyter_execute" / f"{env.docname}.ipynb"
+    executed = get_cache(app.config.nb_execution_cache_path).merge_match_into_notebook(nbformat.read(page, 4))[1]
+    kept(env)["rows"][env.docname] = harvest(executed)[0]
+
+
+def kept(env):
+    """What pages leave with the environment: their ledger rows, and which of them hold open tables."""
+    if not hasattr(env, "ngd"):
+        env.ngd = {"rows": {}, "tables": set()}
+    return env.ngd
+
+
+def forget(app, env, docname):
+    kept(env)["rows"].pop(docname, None)
+    kept(env)["tables"].discard(docname)
 
 
 def recorded(root):
@@ -132,20 +153,18 @@ def build_report(env, executed):
 
 
 def gather(app, env):
-    """All pages are read: gather the rows; where anything changed, have the pages with open tables written again."""
-    folder = Path(app.outdir).parent / "jupyter_execute"
-    notebooks = {doc: folder / f"{doc}.ipynb" for doc in sorted(env.found_docs)}
-    executed = {doc: rows_of(path) for doc, path in notebooks.items() if path.exists()}
+    """All pages are read: where anything of the ledger changed, have the pages with open tables written again."""
+    state = kept(env)
+    executed = dict(sorted(state["rows"].items()))
     claims, report = ledger(app.srcdir, executed), build_report(env, executed)
-    state = json.dumps([claims, report], sort_keys=True)
-    changed, env.ngd_state = state != getattr(env, "ngd_state", None), state
-    env.ngd_claims, env.ngd_report = claims, report
-    return sorted(getattr(env, "ngd_pages", ())) if changed else []
+    changed = (claims, report) != (state.get("claims"), state.get("report"))
+    state.update(claims=claims, report=report)
+    return sorted(state["tables"]) if changed else []
 
 
 def write_claims(app, exception):
-    if exception is None and hasattr(app.env, "ngd_claims"):
-        text = json.dumps(app.env.ngd_claims, indent=1, ensure_ascii=False)
+    if exception is None and app.builder.format == "html":
+        text = json.dumps(kept(app.env)["claims"], indent=1, ensure_ascii=False)
         Path(app.outdir, "claims.json").write_text(text, encoding="utf8")
 
 
@@ -226,7 +245,7 @@ def tally(app, page, claims, ids):
 
 
 def report_table(app, page, claims, ids):
-    report = app.env.ngd_report
+    report = kept(app.env)["report"]
     seconds = [(link(app, page, doc, title_of(app.env, doc)), f"{s:.1f}") for doc, s in report["seconds"].items() if s]
     facts = [("Scale", report["scale"]), ("Device", escape(report["device"])), ("Threads", str(report["threads"])),
              ("Seeds", ", ".join(map(str, report["seeds"])) or "–"), *report["versions"].items()]
@@ -246,19 +265,13 @@ class Table(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self):
-        if not hasattr(self.env, "ngd_pages"):
-            self.env.ngd_pages = set()
-        self.env.ngd_pages.add(self.env.docname)
+        kept(self.env)["tables"].add(self.env.docname)
         return [Deferred(table=self.name, ids=" ".join(self.arguments).split())]
-
-
-def forget(app, env, docname):
-    getattr(env, "ngd_pages", set()).discard(docname)
 
 
 def fill(app, doctree, docname):
     for node in list(doctree.findall(Deferred)):
-        html = TABLES[node["table"]](app, docname, app.env.ngd_claims, node["ids"])
+        html = TABLES[node["table"]](app, docname, kept(app.env)["claims"], node["ids"])
         node.replace_self(nodes.raw("", html, format="html"))
 
 
@@ -266,6 +279,7 @@ def setup(app):
     app.connect("config-inited", configure)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("env-purge-doc", forget)
+    app.connect("doctree-read", keep_rows)
     app.connect("env-updated", gather)
     app.connect("doctree-resolved", fill)
     app.connect("build-finished", write_claims)
