@@ -60,9 +60,10 @@ def run_chapter(wheel, cache, tmp_path_factory):
         if stem not in done:
             nb = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
             nb.cells.append(nbformat.v4.new_code_cell("import ngdcore; print(ngdcore.__file__)"))
-            kernelspec = nb.metadata.kernelspec      # part of the cache's key; execution writes it anew
+            # The cache's key is code cells with their metadata, and the kernel's name: keep all as they are written.
+            kernelspec = nb.metadata.kernelspec
             folder, start = tmp_path_factory.mktemp(stem), time.perf_counter()
-            client = NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(folder)}})
+            client = NotebookClient(nb, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}})
             client.execute(env=environment(PYTHONPATH=str(wheel), NGD_BOOK="1"))     # the book's figures
             seconds = time.perf_counter() - start
             assert str(wheel) in nb.cells.pop().outputs[0]["text"], "not the wheel's copy"
