@@ -217,7 +217,7 @@ def scoreboard(app, page, claims, ids):
         return (link(app, page, c["chapter"], c["id"]), escape(c["at"] or "–"), escape(c["title"]), badge(c["verdict"]),
                 badge(c["verdict_paper"]) if c["verdict_paper"] else "not yet")
     head = ("ID", "Place", "Claim", f"Here ({scale()} scale)", "Paper scale")
-    return "".join(f"<h2>{PAPERS.get(paper, paper)}</h2>"
+    return "".join(f"<h3>{PAPERS.get(paper, paper)}</h3>"
                    + table(head, [line(c) for c in claims if c["paper"] == paper], "scoreboard")
                    for paper in dict.fromkeys(c["paper"] for c in claims))
 
