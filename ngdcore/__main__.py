@@ -43,7 +43,8 @@ def record_chapter(root: Path, chapter: str, scale: str) -> Path:
     rows, saved = experiment.harvest(notebook)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "chapter": chapter, "scale": scale, "seconds": round(time.perf_counter() - start, 1), "rows": rows, "saved": saved,
+        "chapter": chapter, "scale": scale, "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows, "saved": saved,
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seeds": sorted({s for row in rows for s in row["seeds"]}),

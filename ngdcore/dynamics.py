@@ -62,7 +62,7 @@ def trajectory(
         raise ValueError(
             f"f0 and y must be (N, C) and Q (NC, NC), not {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
         )
-    times = torch.arange(steps + 1) if isinstance(steps, int) else torch.as_tensor(list(steps))
+    times = torch.arange(max(steps, -1) + 1) if isinstance(steps, int) else torch.as_tensor(list(steps))
     if len(times) == 0 or times[0] < 0 or (times.diff() < 0).any():
         raise ValueError("steps must be a number of steps, or ascending step counts from 0 on")
     r0 = (f0 - y).reshape(-1)

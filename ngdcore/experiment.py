@@ -110,8 +110,8 @@ def record(
 ) -> dict:
     r"""Write one row of the ledger: is ``measured rel predicted`` within tolerance, and was it so in print?
 
-    With :math:`s = atol + rtol\,|p|`, ``==`` holds where :math:`|m - p| \le s`, ``<=`` where :math:`m \le p + s`, ``>=`` where
-    :math:`m \ge p - s`; arrays hold where every entry does, and NaN or infinity never does.
+    With :math:`s = atol + rtol\,|p|`, ``==`` holds where :math:`|m - p| \le s`, ``<=`` where :math:`m \le p + s`, and
+    ``>=`` where :math:`m \ge p - s`; arrays hold where every entry does, and NaN or infinity never does.
 
     Parameters
     ----------

@@ -70,7 +70,7 @@ class Fisher:
         return sum(factors.layer(l) @ w for l, w in enumerate(weights) if w is not None)
 
     def alpha(self, factors: Factors, tol: float = 1e-8) -> float:
-        r"""The isotropic constant :math:`\alpha = \mathrm{tr}\,Q/\mathrm{rank}\,Q`, if Q acts as :math:`\alpha I` on its range.
+        r"""The isotropic constant :math:`\alpha = \mathrm{tr}\,Q/\mathrm{rank}\,Q`, if :math:`Q^2 = \alpha Q`.
 
         Parameters
         ----------
@@ -273,7 +273,7 @@ class LayerWise(Fisher):
 
     def _weights(self, factors, rhs, damping):
         sigma = self._sigma(factors.depth)
-        inverse = torch.linalg.inv(sigma).to(rhs)
+        inverse = torch.linalg.inv(sigma).contiguous().to(rhs)
         if damping == 0 or torch.equal(sigma, sigma.diag().diag()):
             return self._decoupled(factors, rhs, damping, inverse)
         return self._coupled(factors, rhs, damping, inverse)

@@ -1,0 +1,160 @@
+"""Data sets: what ships, what is fetched, and every way in which a file can be wrong."""
+
+import gzip
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ngdcore as ngd
+from ngdcore import data
+
+FULL = Path(os.environ.get("NGD_DATA_DIR", "")) / "mnist" / "train-images-idx3-ubyte.gz"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Nothing here may reach a mirror, or a cache filled before."""
+    monkeypatch.setattr(data, "_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network in tests")))
+
+
+def test_first_rows_in_file_order():
+    d = ngd.data.mnist(classes=(4, 9), n_train=50, n_test=20, norm=None)
+    assert (
+        d.x.shape == (50, 784) and d.y.shape == (50, 1) and d.x_test.shape == (20, 784) and d.x.dtype == torch.float64
+    )
+    assert d.labels[:6].tolist() == [4, 9, 4, 9, 4, 9] and set(d.labels.tolist()) == {4, 9}
+    assert torch.equal(d.y[:, 0], torch.where(d.labels == 4, 1.0, -1.0).double())
+    assert d.x.min() == 0 and d.x.max() == 1
+    more = ngd.data.mnist(classes=(4, 9), n_train=60, n_test=20, norm=None)
+    assert torch.equal(more.x[:50], d.x)
+
+
+def test_one_hot_and_norms():
+    d = ngd.data.mnist(n_train=30, n_test=10, norm="sqrt_d")
+    assert (
+        d.y.shape == (30, 10)
+        and torch.equal(d.y.argmax(1), d.labels)
+        and torch.equal(d.y.sum(1), torch.ones(30).double())
+    )
+    assert torch.allclose(d.x.norm(dim=1), torch.tensor(28.0).double())
+    raw = ngd.data.mnist(n_train=30, n_test=10, norm=None)
+    d = ngd.data.mnist(n_train=30, n_test=10, norm=None, standardize=True)
+    assert abs(float(d.x.mean())) < 1e-12 and float(d.x.std(correction=0)) == pytest.approx(1)
+    assert torch.allclose(d.x_test, (raw.x_test - raw.x.mean()) / raw.x.std(correction=0))
+    d = ngd.data.mnist(classes=(0, 1), n_train=30, n_test=10, standardize=True, dtype=torch.float32)
+    assert d.x.dtype == torch.float32 and torch.allclose(d.x.norm(dim=1), torch.tensor(1.0))
+
+
+def test_random_rows_are_seeded():
+    a, b, c = (ngd.data.mnist(classes=(3, 8), n_train=40, n_test=10, seed=s) for s in (1, 1, 2))
+    assert torch.equal(a.x, b.x) and not torch.equal(a.x, c.x)
+    assert len(torch.unique(a.x, dim=0)) == 40
+
+
+def test_synthetic():
+    assert torch.equal(ngd.data.sphere(5, 4, seed=2), ngd.data.sphere(5, 4, seed=2))
+    assert torch.allclose(ngd.data.sphere(500, 4).norm(dim=1), torch.ones(500).double())
+    x = ngd.data.gaussian(4000, 5, seed=3)
+    assert torch.allclose(x.T @ x / 4000, torch.eye(5).double(), atol=0.1)
+    assert ngd.data.gaussian(2, 2, dtype=torch.float32).dtype == torch.float32
+
+
+def test_refusals():
+    for kwargs, says in (
+        (dict(classes=(4,)), "classes"),
+        (dict(classes=(4, 4)), "classes"),
+        (dict(classes=(4, 10)), "classes"),
+        (dict(norm="max"), "norm"),
+        (dict(n_train=0), "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ngd.data.mnist(**kwargs)
+    for make in (lambda: ngd.data.sphere(0, 3), lambda: ngd.data.gaussian(3, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            make()
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """A copy of the shipped files that a test may damage."""
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name in data._SHIPPED:
+        (folder / f"{name}.gz").write_bytes(next(p for p in data._places(name) if p.is_file()).read_bytes())
+    monkeypatch.setattr(data, "_places", lambda name: [folder / f"{name}.gz"])
+    return folder
+
+
+@pytest.mark.parametrize("name", list(data._SHIPPED))
+def test_truncated_altered_missing(shipped, name):
+    path = shipped / f"{name}.gz"
+    whole = path.read_bytes()
+    ngd.data.mnist(n_train=10, n_test=10)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ngd.data.DataError, match=f"{name}.gz is truncated"):
+        ngd.data.mnist(n_train=10, n_test=10)
+    path.write_bytes(b"not gzip at all")
+    with pytest.raises(ngd.data.DataError, match="truncated or no gzip"):
+        ngd.data.mnist(n_train=10, n_test=10)
+    raw = bytearray(gzip.decompress(whole))
+    raw[-1] ^= 1
+    path.write_bytes(gzip.compress(bytes(raw)))
+    with pytest.raises(ngd.data.DataError, match="altered"):
+        ngd.data.mnist(n_train=10, n_test=10)
+    path.unlink()
+    with pytest.raises(ngd.data.DataError, match="install ngdcore again"):
+        ngd.data.mnist(n_train=10, n_test=10)
+    path.write_bytes(gzip.compress(gzip.decompress(whole), 1))  # compressed otherwise, the same bytes
+    ngd.data.mnist(n_train=10, n_test=10)
+
+
+def test_missing_everywhere_names_the_remedies(monkeypatch, tmp_path):
+    monkeypatch.delenv("NGD_DATA_DIR", raising=False)
+    with pytest.raises(ngd.data.DataError, match="NGD_DATA_DIR") as error:
+        ngd.data.mnist(n_train=20000)
+    assert all(mirror in str(error.value) for mirror in data._MIRRORS)
+    assert not list((tmp_path / "cache").glob("*")), "a failed download leaves nothing behind"
+
+
+def test_download_tries_the_next_mirror(monkeypatch, tmp_path):
+    """The first mirror answers with something else: it is deleted, and the second is asked."""
+    good, asked = np.arange(20, dtype=np.uint8), []
+    raw = bytes([0, 0, 8, 1, 0, 0, 0, 20]) + good.tobytes()
+    import hashlib
+
+    import pooch
+
+    def retrieve(url, known_hash, fname, path):
+        asked.append(url)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / fname).write_bytes(gzip.compress(raw if len(asked) > 1 else b"an error page"))
+        return str(path / fname)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    assert np.array_equal(data._load("some-file", hashlib.sha256(raw).hexdigest()), good)
+    assert len(asked) == 2 and asked[0].startswith(data._MIRRORS[0]) and asked[1].startswith(data._MIRRORS[1])
+    assert np.array_equal(data._load("some-file", hashlib.sha256(raw).hexdigest()), good)
+    assert len(asked) == 2, "the second time it comes from the cache"
+
+
+def test_altered_file_in_data_dir_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("NGD_DATA_DIR", str(tmp_path))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab"))
+    with pytest.raises(ngd.data.DataError, match="altered"):
+        ngd.data.mnist(n_train=20000)
+
+
+@pytest.mark.skipif(
+    not FULL.is_file(), reason="full MNIST is not here; set NGD_DATA_DIR to a folder with mnist/*-ubyte.gz"
+)
+def test_full_files_begin_with_the_rows_that_ship():
+    whole = ngd.data.mnist(n_train=20000, n_test=6000, norm=None)
+    head = ngd.data.mnist(n_train=10240, n_test=5000, norm=None)
+    assert torch.equal(whole.x[:10240], head.x) and torch.equal(whole.x_test[:5000], head.x_test)
+    assert whole.source == "MNIST, all rows" and head.source == "MNIST, first rows that ship"
+    assert ngd.data.mnist(n_train=60000, n_test=10000).x.shape == (60000, 784)

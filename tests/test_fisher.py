@@ -1,0 +1,206 @@
+"""The one law and the coefficient matrices against dense Fishers; solves that must refuse."""
+
+import warnings
+
+import pytest
+import torch
+from dense import coefficient, jacobian, layer_wise_fisher, relative
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import functional_call, jvp
+
+import ngdcore as ngd
+
+SIGMA = torch.tensor([[1.0, 0.4, 0.0], [0.4, 1.0, -0.3], [0.0, -0.3, 1.0]], dtype=torch.float64)
+INDEFINITE = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+FISHERS = {
+    "exact": (ngd.fisher.Exact(), torch.ones(3, 3)),
+    "layer-wise": (ngd.fisher.LayerWise(SIGMA), SIGMA),
+    "indefinite": (ngd.fisher.LayerWise(INDEFINITE), INDEFINITE),
+    "block-diagonal": (ngd.fisher.BlockDiagonal(), torch.eye(3)),
+}
+
+
+def push_forward(net, x, direction):
+    """J d by forward mode, without ngdcore."""
+    trained = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    return jvp(lambda p: functional_call(net, p, (x,)), (trained,), (dict(zip(trained, direction)),))[1].flatten()
+
+
+@pytest.mark.parametrize("name", FISHERS)
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize(
+    ("activation", "bias_var", "parameterization"),
+    [
+        ("relu", 0.0, "ntk"),
+        ("tanh", 0.3, "ntk"),
+        ("erf", 0.3, "standard"),
+        ("identity", 0.2, "ntk"),
+    ],
+)
+def test_one_law(name, damping, c, activation, bias_var, parameterization):
+    F, sigma = FISHERS[name]
+    n = 4
+    net = ngd.models.MLP([8, 24, 16, c], activation, 1.5, bias_var, parameterization, seed=2)
+    x, other = ngd.data.gaussian(n, 8, seed=1), ngd.data.gaussian(3, 8, seed=2)
+    blocks = jacobian(net, x)
+    J, J_other = torch.cat(blocks, 1), torch.cat(jacobian(net, other), 1)
+    dense = layer_wise_fisher(blocks, sigma, n)
+    sig = ngd.signals(net, x)
+    fac = ngd.kernels.empirical(sig)
+    g = torch.randn(n * c, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    Q = F.coefficient(fac, damping)
+    scale = float(Q.norm() * g.norm())
+    assert relative(Q, coefficient(J, dense, J, n, damping)) < 1e-9
+    assert relative(F.coefficient(fac.cross(other), damping), coefficient(J_other, dense, J, n, damping)) < 1e-9
+    assert float((push_forward(net, x, F.direction(sig, g, damping)) - Q @ g).norm()) < 1e-10 * scale
+
+
+def test_coefficients_on_training_rows():
+    fac = ngd.kernels.analytic(ngd.data.sphere(12, 20), depth=4, outputs=2)
+    eye = torch.eye(24, dtype=torch.float64)
+    sigma = torch.eye(4, dtype=torch.float64) + 0.2
+    assert relative(ngd.fisher.Exact().coefficient(fac), eye) < 1e-10
+    assert relative(ngd.fisher.BlockDiagonal().coefficient(fac), 4 * eye) < 1e-10
+    F = ngd.fisher.LayerWise(sigma)
+    assert relative(F.coefficient(fac), float(torch.linalg.inv(sigma).sum()) * eye) < 1e-10
+    assert F.best_alpha(fac) == pytest.approx(F.alpha(fac), abs=1e-9)
+    assert ngd.fisher.BlockDiagonal().best_alpha(fac) == pytest.approx(4)
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6), st.floats(1e-6, 1e3))
+def test_push_through(n, d, seed, damping):
+    """(F + rho)^-1 J^T g / N in weight space is J^T (K + N rho)^-1 g."""
+    net, x = ngd.models.MLP([d, 4, 1], "tanh", seed=seed), ngd.data.gaussian(n, d, seed=seed)
+    J = torch.cat(jacobian(net, x), 1)
+    g = ngd.data.gaussian(n, 1, seed=seed + 1)
+    slow = torch.linalg.solve(J.T @ J / n + damping * torch.eye(J.shape[1], dtype=J.dtype), J.T @ g / n).flatten()
+    fast = ngd.fisher.Exact().direction(ngd.signals(net, x), g, damping)
+    assert torch.allclose(
+        torch.cat([d.flatten() for d in fast]), slow, atol=1e-8 * float(1 + slow.abs().max() / damping**0.5)
+    )
+
+
+@given(st.integers(2, 7), st.integers(0, 10**6))
+def test_coefficient_commutes_with_permutations(n, seed):
+    x = ngd.data.sphere(n, 9, seed=seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    F = ngd.fisher.BlockDiagonal()
+    Q, P = (F.coefficient(ngd.kernels.analytic(z, 3), 0.01) for z in (x, x[order]))
+    assert torch.allclose(P, Q[order][:, order], atol=1e-9)
+
+
+def test_duplicates_and_antipodes_are_named():
+    x = ngd.data.sphere(12, 3)
+    for rows, says in (
+        (torch.cat([x, x[2:3]]), r"1 pair\(s\) of duplicate inputs, the first in rows \[2, 12\]"),
+        (torch.cat([x, -x[:5]]), r"5 pair\(s\) of antipodal inputs, the first in rows \[0, 12\]"),
+    ):
+        net = ngd.models.TwoLayerReLU(3, 4000)
+        sig = ngd.signals(net, rows)
+        ngd.kernels.empirical(sig).gram()  # computing it is fine
+        with pytest.raises(ngd.fisher.RankDeficient, match=says):
+            ngd.fisher.Exact().direction(sig, sig.outputs)
+        d = ngd.fisher.Exact(rank="pinv").direction(sig, sig.outputs)
+        J = jacobian(net, rows)[0]
+        assert relative(d[0].flatten(), torch.linalg.pinv(J, rtol=1e-7) @ sig.outputs.flatten()) < 1e-6
+
+
+def test_narrow_last_layer_is_refused_by_block_diagonal():
+    sig = ngd.signals(ngd.models.MLP([9, 40, 4, 1]), ngd.data.gaussian(8, 9))
+    ngd.fisher.Exact().direction(sig, sig.outputs)
+    with pytest.raises(ngd.fisher.RankDeficient, match="layer 2's"):
+        ngd.fisher.BlockDiagonal().direction(sig, sig.outputs)
+
+
+def test_pole_of_an_indefinite_sigma_is_named():
+    """N rho on an eigenvalue of -Sigma blockdiag(K): the damped system is singular there."""
+    fac = ngd.kernels.analytic(ngd.data.sphere(4, 6), depth=3)
+    blocks = torch.block_diag(*(fac.layer(l) for l in range(3)))
+    values = torch.linalg.eigvals(torch.kron(INDEFINITE, torch.eye(4, dtype=torch.float64)) @ blocks).real
+    pole = float(-values[values < -1e-6][0]) / 4
+    F = ngd.fisher.LayerWise(INDEFINITE)
+    with pytest.raises(ngd.fisher.RankDeficient, match="pole"):
+        F.coefficient(fac, damping=pole)
+    assert torch.isfinite(F.coefficient(fac, damping=1.5 * pole)).all()
+
+
+def near_duplicates(distance, dtype):
+    x = ngd.data.sphere(20, 30)
+    x = torch.cat([x, x + distance * ngd.data.sphere(20, 30, seed=1)]).to(dtype)
+    return ngd.signals(ngd.models.TwoLayerReLU(30, 2000, dtype=dtype), x)
+
+
+def test_float32_is_opt_in_and_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for distance, dtype in ((0.5, torch.float32), (1e-3, torch.float64)):
+            sig = near_duplicates(distance, dtype)
+            ngd.fisher.Exact().direction(sig, sig.outputs)
+    sig = near_duplicates(2e-3, torch.float32)
+    K = ngd.kernels.empirical(near_duplicates(2e-3, torch.float64)).gram()
+    assert 1e6 < torch.linalg.cond(K) < 8e6
+    with pytest.warns(RuntimeWarning, match="float64"):
+        ngd.fisher.Exact().direction(sig, sig.outputs)
+    sig = near_duplicates(1e-5, torch.float32)
+    with pytest.raises(ngd.fisher.RankDeficient, match="Use float64"):
+        ngd.fisher.Exact().direction(sig, sig.outputs)
+
+
+def test_condition_is_estimated():
+    for distance in (0.5, 0.05, 1e-3):
+        sig = near_duplicates(distance, torch.float64)
+        _, info = ngd.fisher.Exact().solve(sig, sig.outputs)
+        truth = float(torch.linalg.cond(ngd.kernels.empirical(sig).gram()))
+        assert 0.3 * truth < info.condition < 1.01 * truth
+
+
+def test_jitter_is_relative_and_reported():
+    sig = ngd.signals(ngd.models.MLP([5, 30, 2]), ngd.data.gaussian(6, 5))
+    K = ngd.kernels.empirical(sig).gram()
+    g = sig.outputs
+    d, info = ngd.fisher.Exact(jitter=1e-3).solve(sig, g)
+    assert info.jitter == pytest.approx(1e-3 * float(K.trace()) / 12)
+    expected = K @ torch.linalg.solve(K + info.jitter * torch.eye(12, dtype=K.dtype), g.flatten())
+    assert relative(sig.jvp(d).flatten(), expected) < 1e-10
+    assert ngd.fisher.Exact().solve(sig, g)[1].jitter == 0.0
+
+
+def test_alpha_refuses_what_is_not_isotropic():
+    fac = ngd.kernels.analytic(ngd.data.sphere(5, 4), depth=3)
+
+    class GradientDescent(ngd.fisher.Fisher):
+        def coefficient(self, factors, damping=0.0):
+            return factors.gram() / factors.columns
+
+    with pytest.raises(ValueError, match="not isotropic"):
+        GradientDescent().alpha(fac)
+    with pytest.raises(ValueError, match="square"):
+        ngd.fisher.Exact().alpha(fac.cross(ngd.data.sphere(2, 4)))
+
+
+def test_constructors_and_solves_refuse():
+    for make, says in (
+        (lambda: ngd.fisher.Exact(rank="maybe"), "rank='maybe'"),
+        (lambda: ngd.fisher.Exact(jitter=-1), "jitter"),
+        (lambda: ngd.fisher.BlockDiagonal(rank="x"), "rank"),
+        (lambda: ngd.fisher.LayerWise([[1.0, 2.0]]), "symmetric"),
+        (lambda: ngd.fisher.LayerWise([[1.0, 2.0], [0.0, 1.0]]), "symmetric"),
+        (lambda: ngd.fisher.LayerWise(torch.ones(3, 3)), "singular"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make()
+    sig = ngd.signals(ngd.models.MLP([5, 30, 2]), ngd.data.gaussian(6, 5))
+    F = ngd.fisher.Exact()
+    for bad, says in ((torch.ones(5), "g must"), (sig.outputs.float(), "float64"), (sig.outputs * float("inf"), "NaN")):
+        with pytest.raises(ValueError, match=says):
+            F.direction(sig, bad)
+    for damping in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="damping"):
+            F.direction(sig, sig.outputs, damping=damping)
+    with pytest.raises(ValueError, match="trains 2 layers"):
+        ngd.fisher.LayerWise(SIGMA).direction(sig, sig.outputs)
+    constant = ngd.signals(ngd.models.MLP([5, 3, 1], "relu"), -1e-300 * torch.ones(1, 5, dtype=torch.float64))
+    with pytest.raises(ngd.fisher.RankDeficient):
+        ngd.fisher.Exact(rank="pinv").direction(constant, torch.ones(1, 1, dtype=torch.float64))
