@@ -77,9 +77,8 @@ def main():
         ratio = best * rate / count
         worst = max(worst, ratio)
         name = "-".join(map(str, widths))
-        print(
-            f"Gram {name}, N={n}: {best:.3f} s for {count / 1e9:.1f} GFLOP; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}"
-        )
+        cost = f"{best:.3f} s for {count / 1e9:.1f} GFLOP"
+        print(f"Gram {name}, N={n}: {cost}; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}")
     if not options.check:
         print(f"torch.func.jacrev, 784-1024-1024-1, N=100: {dense([784, 1024, 1024, 1], 100):.2f} s")
     return int(options.check and worst > LIMIT)
