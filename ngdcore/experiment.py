@@ -80,6 +80,13 @@ def device() -> torch.device:
 # ---------------------------------------------------------------------------------------------- ledger
 
 
+class _Row(dict):
+    """A ledger row; as a cell's last expression it stays silent, since `record` has displayed it already."""
+
+    def _ipython_display_(self):
+        pass
+
+
 @cache
 def registry() -> dict[str, dict]:
     """Every claim of the three papers by ID: ``id, paper, kind, at, title, grade``.
@@ -158,8 +165,8 @@ def record(
     like = measured if isinstance(measured, torch.Tensor) else None
     used = _notebook_settings()
     row = {
-        "id": name, "part": part or None, "measured": m.tolist(), "predicted": p.tolist(),
-        "printed": None if q is None else q.tolist(), "rel": rel, "printed_rel": printed_rel or rel,
+        "id": name, "part": part or None, "measured": _plain(m), "predicted": _plain(p),
+        "printed": None if q is None else _plain(q), "rel": rel, "printed_rel": printed_rel or rel,
         "rtol": float(rtol), "atol": float(atol),
         "holds": _holds(m, p, rel, rtol, atol),
         "printed_holds": None if q is None else _holds(m, q, printed_rel or rel, rtol, atol),
@@ -169,7 +176,7 @@ def record(
         "device": str(like.device if like is not None else "cpu"),
     }  # fmt: skip
     _display(_row_text(row), _row_html(row), {"ngd": json.loads(json.dumps(row, default=str))})
-    return row
+    return _Row(row)
 
 
 def verdict(claim: dict, rows: list[dict]) -> str:
@@ -238,6 +245,11 @@ def _numbers(value) -> np.ndarray:
     elif isinstance(value, (list, tuple)):
         value = [v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in value]
     return np.asarray(value, dtype=float)
+
+
+def _plain(a: np.ndarray):
+    """As JSON has it: nested lists, what is not finite by name."""
+    return json.loads(json.dumps(a.tolist()), parse_constant=str)
 
 
 def _holds(m, p, rel, rtol, atol) -> bool:

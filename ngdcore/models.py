@@ -139,7 +139,7 @@ class MLP(nn.Sequential):
             ntk = parameterization == "ntk"
             scales = dict(weight_scale=spread, bias_scale=shift) if ntk else {}
             layer = Linear(fan_in, fan_out, bias=bias, dtype=dtype, device=device, **scales)
-            _fill(layer.weight, _normal((fan_out, fan_in), generator) * (1.0 if ntk else spread))
+            _fill(layer.weight, _normal((fan_out, fan_in), generator).mul_(1.0 if ntk else spread))
             if bias:
                 _fill(layer.bias, _normal((fan_out,), generator) * (1.0 if ntk else shift))
             self.append(layer)

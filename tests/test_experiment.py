@@ -70,6 +70,12 @@ def test_verdicts():
     assert of(claims["Z-T1"], [row("Z-T1", [1, 1], [1, 1], printed=[1, float("nan")])]) == "corrected"
 
 
+def test_what_is_not_finite_is_named():
+    row = experiment.record("Z-T1", [1.0, float("nan")], float("inf"))
+    assert row["measured"] == [1.0, "NaN"] and row["predicted"] == "Infinity" and not row["holds"]
+    assert "FAILS" in experiment._row_text(row)
+
+
 def test_slack_and_tolerance_are_shown():
     assert experiment.record("Z-T1", [1.0, 4.0], 40.0, "<=")["slack"] == 10
     assert experiment.record("Z-T1", 6.0, 2.0, ">=")["slack"] == 3
