@@ -98,13 +98,32 @@ class Signals:
         weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
         if len(weights) != len(self.H) or any(w.numel() != self.n * self.c for w in weights):
             raise ValueError(f"v must hold N*C = {self.n * self.c} entries, one tensor or one a layer ({len(self.H)})")
+        pulled = [
+            torch.einsum("ncm,nc->nm", D.view(self.n, self.c, -1), w.reshape(self.n, self.c))
+            for D, w in zip(self.D, weights)
+        ]
+        return self.pack(list(zip(pulled, self.H)), out)
+
+    def pack(self, layers: list, out: list[Tensor] | None = None) -> list[Tensor]:
+        r"""One tensor a trained parameter from one matrix a trained layer, with its biases as the last column.
+
+        Parameters
+        ----------
+        layers : list
+            For each trained layer a matrix (M_out, M_in), or a pair :math:`(E, H)` that stands for
+            :math:`E^\top H`: (N, M_out) and (N, M_in). The product is written straight into place.
+        out : list of Tensor, optional
+            Buffers to write to, shaped like the result.
+        """
         result, slots = [], iter(out or [])
-        for layer, H, D, w in zip(self.layers, self.H, self.D, weights):
-            E = torch.einsum("ncm,nc->nm", D.view(self.n, self.c, -1), w.reshape(self.n, self.c).to(D.dtype))
-            for param, columns in _trained(layer, H):
+        for layer, given in zip(self.layers, layers):
+            left, right = given if isinstance(given, tuple) else (None, given)
+            for param, columns in _trained(layer, right):
                 slot = next(slots, None)
-                product = torch.mm(E.T, columns, out=slot.view(-1, columns.shape[1]) if slot is not None else None)
-                result.append(product.view(param.shape) if slot is None else slot)
+                target = torch.empty_like(param) if slot is None else slot
+                place = target.view(-1, columns.shape[1])
+                place.copy_(columns) if left is None else torch.mm(left.T, columns, out=place)
+                result.append(target)
         return result
 
     def jvp(self, direction: list[Tensor]) -> Tensor:
@@ -303,7 +322,11 @@ class Factors:
     def __init__(self, rows: int, columns: int, c: int, depth: int, like: Tensor, train: "Factors | None" = None):
         self.rows, self.columns, self.c, self.depth = rows, columns, c, depth
         self.dtype, self.device = like.dtype, like.device
-        self.train = self if train is None else train
+        self._train = train  # None for square factors: a reference to itself would keep the network alive until a sweep
+
+    @property
+    def train(self) -> "Factors":
+        return self if self._train is None else self._train
 
     def _tiles(self, rows: slice, columns: slice, layers: range) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
