@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .kernels import Factors, Signals, empirical
 
-__all__ = ["Fisher", "Exact", "LayerWise", "BlockDiagonal", "Info", "RankDeficient"]
+__all__ = ["Fisher", "Exact", "LayerWise", "BlockDiagonal", "KFAC", "Info", "RankDeficient"]
 
 WARN_FLOAT32 = 1e6
 
@@ -148,15 +148,7 @@ class Fisher:
         self, sig: Signals, g: Tensor, damping: float = 0.0, out: list[Tensor] | None = None
     ) -> tuple[list[Tensor], Info]:
         """`direction`, and the `Info` of its solve."""
-        if g.numel() != sig.n * sig.c or g.dtype != sig.outputs.dtype or g.device != sig.outputs.device:
-            raise ValueError(
-                f"g must hold N*C = {sig.n * sig.c} numbers of {sig.outputs.dtype} on {sig.outputs.device}"
-            )
-        if not torch.isfinite(g).all():
-            raise ValueError("g holds NaN or infinity: the run has diverged or the loss is not defined there")
-        weights, info = self._weights(empirical(sig), g.reshape(-1, 1), _check_damping(damping))
-        if not isinstance(weights, Tensor):
-            weights = [torch.zeros_like(g) if w is None else w for w in weights]
+        weights, info = self._weights(empirical(sig), _check_residual(sig, g)[:, None], _check_damping(damping))
         return sig.vjp(weights, out), info
 
     def best_alpha(self, factors: Factors) -> float:
@@ -338,6 +330,99 @@ class BlockDiagonal(LayerWise):
         return torch.eye(layers, dtype=torch.float64)
 
 
+class KFAC(Fisher):
+    r"""Kronecker-factored blocks: layer l has :math:`F_l = D_l^\top D_l/N \otimes H_l^\top H_l/N`.
+
+    Direction of layer l, as a matrix (M_out x M_in) with :math:`s = \sqrt\lambda` and G = g on the rows of its sample:
+    :math:`(D^\top D/N + s)^+\,(D^\top G H/N)\,(H^\top H/N + s)^+`. On training rows
+    :math:`Q = N\sum_l B_l(B_l + Ns)^+ \circ (A_l(A_l + Ns)^+ \otimes 11^\top)`.
+
+    Each factor is inverted on its cheaper side: N x N (or NC x NC) when samples are fewer than units, M x M otherwise.
+    Both sides give the same step, by the push-through identity.
+
+    Parameters
+    ----------
+    rank : {"pinv", "raise"}
+        Where a factor is singular even on its smaller side (without damping): its pseudo-inverse, or an error.
+
+    Raises
+    ------
+    RankDeficient
+        In a solve, with ``rank="raise"``, when a factor is singular.
+
+    Notes
+    -----
+    Martens & Grosse (2015); Zhang, Martens & Grosse (2019), eq. 12; Karakida & Osawa (2020), eqs. 20-21. ``damping`` is
+    :math:`\lambda`: its root is added to each factor, with no further correction. Both factors carry 1/N, so the best
+    learning rate is of order 1/N: :math:`1/\alpha` with :math:`\alpha = N(L-1) + 1` where every :math:`H_l` has rank N
+    and every :math:`D_l`, l < L, rank NC; the two-layer chapters print the rate times N.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> round(ngd.fisher.KFAC().alpha(ngd.kernels.empirical(sig)), 6)
+    4.0
+    """
+
+    def __init__(self, rank: str = "pinv"):
+        self.rank, _ = _check_solver(rank, 0.0)
+
+    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
+        train, shift = factors.train, factors.train.columns * _check_damping(damping) ** 0.5
+        Q = 0.0
+        for l in range(train.depth):
+            A, B = (
+                self._invert(square, shift, part.T, train, l)[0].T
+                for square, part in ((train.A(l), factors.A(l)), (train.B(l), factors.B(l)))
+            )
+            Q = Q + train.columns * A.repeat_interleave(train.c, 0).repeat_interleave(train.c, 1) * B
+        return Q
+
+    def solve(self, sig, g, damping=0.0, out=None):
+        g, root, factors = _check_residual(sig, g), _check_damping(damping) ** 0.5, empirical(sig)
+        layers, conditions = zip(*(self._layer(sig, l, g, root, factors) for l in range(len(sig.H))))
+        return sig.pack(list(layers), out), Info(max(conditions), 0.0)
+
+    def _layer(self, sig, l, g, root, factors):
+        """The layer's direction, as a matrix or as a pair to be multiplied; and the worse condition number."""
+        H, D, n = sig.H[l], sig.D[l], sig.n
+        G = torch.zeros(n * sig.c, n, dtype=g.dtype, device=g.device)
+        rows = torch.arange(n * sig.c, device=g.device)
+        G[rows, rows // sig.c] = g
+        few_a, few_b = n <= H.shape[1], n * sig.c <= D.shape[1]
+        A, B = factors.A(l) if few_a else H.T @ H / n, factors.B(l) if few_b else D.T @ D / n
+        a, b = (n * root if few else root for few in (few_a, few_b))
+        conditions = []
+
+        def solved(M, shift, rhs):
+            x, condition = self._invert(M, shift, rhs, factors, l)
+            conditions.append(condition)
+            return x
+
+        if few_b:
+            G = solved(B, b, G)
+        if few_a:
+            G = solved(A, a, G.T).T
+        E = G.T @ D
+        if few_a and few_b:
+            return (n * E, H), max(conditions)
+        if few_a:
+            return (solved(B, b, E.T).T, H), max(conditions)
+        if few_b:
+            return (E, solved(A, a, H.T).T), max(conditions)
+        return solved(A, a, solved(B, b, E.T @ H / n).T).T, max(conditions)
+
+    def _invert(self, M, shift, rhs, factors, l):
+        M = M.clone()
+        M.diagonal().add_(shift)
+        x, info = _solve_spd(M, rhs, self.rank, 0.0, factors, f"layer {l}'s factor: its ")
+        return x, info.condition
+
+    def __repr__(self) -> str:
+        return f"KFAC(rank={self.rank!r})"
+
+
 # ---------------------------------------------------------------------------------------------- solves
 
 
@@ -423,6 +508,14 @@ def _check_solver(rank, jitter):
     if not jitter >= 0:
         raise ValueError(f"jitter={jitter} must be 0 or positive (relative to the mean diagonal of the Gram)")
     return rank, float(jitter)
+
+
+def _check_residual(sig, g) -> Tensor:
+    if g.numel() != sig.n * sig.c or g.dtype != sig.outputs.dtype or g.device != sig.outputs.device:
+        raise ValueError(f"g must hold N*C = {sig.n * sig.c} numbers of {sig.outputs.dtype} on {sig.outputs.device}")
+    if not torch.isfinite(g).all():
+        raise ValueError("g holds NaN or infinity: the run has diverged or the loss is not defined there")
+    return g.reshape(-1)
 
 
 def _check_damping(damping) -> float:

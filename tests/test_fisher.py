@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from dense import coefficient, jacobian, layer_wise_fisher, relative
+from dense import coefficient, jacobian, kfac, layer_wise_fisher, relative
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, jvp
@@ -55,6 +55,51 @@ def test_one_law(name, damping, c, activation, bias_var, parameterization):
     assert relative(Q, coefficient(J, dense, J, n, damping)) < 1e-9
     assert relative(F.coefficient(fac.cross(other), damping), coefficient(J_other, dense, J, n, damping)) < 1e-9
     assert float((push_forward(net, x, F.direction(sig, g, damping)) - Q @ g).norm()) < 1e-10 * scale
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize(
+    "widths",
+    [(9, 20, 19), (3, 20, 19), (9, 4, 19), (5, 4, 3)],  # samples fewer than units, more in the first, a middle, all
+)
+@pytest.mark.parametrize(("activation", "bias_var"), [("relu", 0.0), ("tanh", 0.3)])
+def test_one_law_kfac(widths, c, damping, activation, bias_var):
+    n = 6
+    net = ngd.models.MLP([*widths, c], activation, 1.5, bias_var, seed=3)
+    x, other = ngd.data.gaussian(n, widths[0], seed=1), ngd.data.gaussian(3, widths[0], seed=2)
+    sig, F = ngd.signals(net, x), ngd.fisher.KFAC()
+    fac = ngd.kernels.empirical(sig)
+    g = torch.randn(n * c, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    Q = F.coefficient(fac, damping)
+    assert relative(Q, kfac(net, x, x, damping)) < 1e-8
+    assert relative(F.coefficient(fac.cross(other), damping), kfac(net, x, other, damping)) < 1e-8
+    pushed = push_forward(net, x, F.direction(sig, g, damping))
+    assert float((pushed - Q @ g).norm()) < 1e-9 * float(Q.norm() * g.norm())
+
+
+def test_kfac_is_isotropic_where_it_should_be():
+    """alpha = N(L-1)+1 when every H has rank N and every D but the last rank NC; leverage scores if inputs are few."""
+    for c in (1, 2):
+        net, x = ngd.models.MLP([20, 60, 60, c], "tanh", seed=0), ngd.data.gaussian(10, 20)
+        Q = ngd.fisher.KFAC().coefficient(ngd.kernels.empirical(ngd.signals(net, x)))
+        if c == 1:
+            assert relative(Q, 21 * torch.eye(10, dtype=torch.float64)) < 1e-8
+        blocks = Q.view(10, c, 10, c)
+        assert float(blocks[0, :, 1].abs().max()) < 1e-6
+    net, x = ngd.models.TwoLayerReLU(6, 3000), ngd.data.sphere(30, 6)
+    Q = ngd.fisher.KFAC().coefficient(ngd.kernels.empirical(ngd.signals(net, x))) / 30
+    leverage = torch.linalg.qr(x)[0].square().sum(1)
+    assert relative(Q, leverage.diag()) < 1e-9
+
+
+def test_kfac_refuses_singular_factors_when_asked():
+    sig = ngd.signals(ngd.models.MLP([20, 60, 1], "tanh"), ngd.data.sphere(8, 20)[[0, 1, 2, 3, 3]])
+    with pytest.raises(ngd.fisher.RankDeficient, match="layer 0's factor.*duplicate"):
+        ngd.fisher.KFAC(rank="raise").direction(sig, sig.outputs)
+    assert all(torch.isfinite(d).all() for d in ngd.fisher.KFAC().direction(sig, sig.outputs))
+    with pytest.raises(ValueError, match="g must"):
+        ngd.fisher.KFAC().direction(sig, torch.ones(3))
 
 
 def test_coefficients_on_training_rows():
