@@ -158,3 +158,37 @@ def test_full_files_begin_with_the_rows_that_ship():
     assert torch.equal(whole.x[:10240], head.x) and torch.equal(whole.x_test[:5000], head.x_test)
     assert whole.source == "MNIST, all rows" and head.source == "MNIST, first rows that ship"
     assert ngd.data.mnist(n_train=60000, n_test=10000).x.shape == (60000, 784)
+
+
+# ----------------------------------------------------------------------------------------------- Forster
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 5), (12, 10), (50, 10), (40, 3)])
+def test_forster_transform(n, d):
+    x = ngd.data.gaussian(n, d) * torch.logspace(-2, 2, d, dtype=torch.float64)
+    z, a = ngd.data.forster(x)
+    assert torch.allclose(z.norm(dim=1), torch.ones(n).double())
+    assert torch.allclose(z.T @ z, n / d * torch.eye(d).double(), atol=1e-8)
+    image = x @ a
+    assert torch.allclose(image / image.norm(dim=1, keepdim=True), z, atol=1e-7)
+    leverage = torch.linalg.qr(z)[0].square().sum(1)
+    assert torch.allclose(leverage, torch.full((n,), d / n).double(), atol=1e-8)
+    scatter = (a @ a.T).inverse()  # Tyler's fixed point, up to scale
+    weights = (x * torch.linalg.solve(scatter, x.T).T).sum(1)
+    again = d / n * (x.T / weights) @ x
+    assert torch.allclose(again / again.trace(), scatter / scatter.trace(), atol=1e-7)
+
+
+def test_forster_refuses():
+    with pytest.raises(ValueError, match="n >= d"):
+        ngd.data.forster(ngd.data.gaussian(3, 4))
+    with pytest.raises(ValueError, match="rank 2"):
+        ngd.data.forster(ngd.data.gaussian(6, 2) @ ngd.data.gaussian(2, 4, seed=1))
+    with pytest.raises(ValueError, match="zero"):
+        ngd.data.forster(torch.cat([ngd.data.gaussian(6, 2), torch.zeros(1, 2).double()]))
+    line = ngd.data.gaussian(12, 3)
+    line[:6] = line[0] * torch.arange(1, 7)[:, None]
+    with pytest.raises(RuntimeError, match="6 of 12 rows lie .* dimension 1, and fewer than 4"):
+        ngd.data.forster(line)
+    with pytest.raises(RuntimeError, match="max_iter"):
+        ngd.data.forster(ngd.data.gaussian(12, 10), max_iter=2)
