@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["mnist", "sphere", "gaussian", "forster", "DataSet", "DataError"]
+__all__ = ["mnist", "fashion_mnist", "sphere", "gaussian", "forster", "DataSet", "DataError"]
 
 
 class DataError(RuntimeError):
@@ -44,22 +44,35 @@ class DataSet:
     source: str
 
 
-# name of the IDX file: (rows, sha256 of the uncompressed bytes)
-_SHIPPED = {
-    "train-first10240-images-idx3-ubyte": "0bddcb4db9473979ba722ea7679e2935e7decc129a6be9181eaf0c0fe5babbb7",
-    "train-first10240-labels-idx1-ubyte": "4673cc729421426f5d7da3f845f324bf4547c8100ea8b14576ff78449fe223ca",
-    "t10k-first5000-images-idx3-ubyte": "118ae22e5d4e94bb7f7335211629ca4da103e2b74481bd772edf32b2aff5970f",
-    "t10k-first5000-labels-idx1-ubyte": "24f8aa7197fa0ee1ceb43e0809492febb35d3bdb1d1c31379ca14bd851f82ba7",
+_SHA256 = {  # of the uncompressed bytes
+    "mnist/train-first10240-images-idx3-ubyte": "0bddcb4db9473979ba722ea7679e2935e7decc129a6be9181eaf0c0fe5babbb7",
+    "mnist/train-first10240-labels-idx1-ubyte": "4673cc729421426f5d7da3f845f324bf4547c8100ea8b14576ff78449fe223ca",
+    "mnist/t10k-first5000-images-idx3-ubyte": "118ae22e5d4e94bb7f7335211629ca4da103e2b74481bd772edf32b2aff5970f",
+    "mnist/t10k-first5000-labels-idx1-ubyte": "24f8aa7197fa0ee1ceb43e0809492febb35d3bdb1d1c31379ca14bd851f82ba7",
+    "mnist/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "mnist/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "mnist/t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "mnist/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    "fashion-mnist/t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "fashion-mnist/t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-_FULL = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+# data set, split: where rows come from, smallest source first (how to call it, file, rows of the file)
+_SOURCES = {
+    ("mnist", "train"): [
+        ("MNIST, first rows that ship", "mnist/train-first10240", slice(None)),
+        ("MNIST, all rows", "mnist/train", slice(None)),
+    ],
+    ("mnist", "test"): [
+        ("MNIST, first rows that ship", "mnist/t10k-first5000", slice(None)),
+        ("MNIST, all rows", "mnist/t10k", slice(None)),
+    ],
+    ("fashion-mnist", "train"): [("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(0, 8000))],
+    ("fashion-mnist", "test"): [("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(8000, None))],
 }
+_SHIPPED = [name for name in _SHA256 if "first" in name or name.startswith("fashion")]
 _MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "https://ossci-datasets.s3.amazonaws.com/",
+    "https://storage.googleapis.com/cvdf-datasets/",
 )
 
 
@@ -106,7 +119,7 @@ def mnist(
     -----
     The first 10,240 training and 5,000 test images ship with the package; a request that they can fill is filled from
     them (also a random one, so that a seed means the same rows everywhere). Larger requests look for the full files in
-    ``NGD_DATA_DIR`` (or its folder ``mnist``), then in the cache, then on two mirrors. SHA-256 of the uncompressed
+    the folder ``mnist`` of ``NGD_DATA_DIR``, then in the cache, then on two mirrors. SHA-256 of the uncompressed
     bytes is checked always. LeCun, Cortes & Burges, *The MNIST database*.
 
     Examples
@@ -116,60 +129,89 @@ def mnist(
     >>> d.x.shape, d.y.shape, d.source
     (torch.Size([50, 784]), torch.Size([50, 1]), 'MNIST, first rows that ship')
     """
+    return _images("mnist", classes, n_train, n_test, norm, standardize, seed, dtype, device)
+
+
+def fashion_mnist(
+    classes: tuple[int, ...] = tuple(range(10)),
+    n_train: int = 500,
+    n_test: int = 1000,
+    norm: str | None = "unit",
+    standardize: bool = False,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> DataSet:
+    r"""Fashion-MNIST images of the given classes, as rows of length 784; arguments and errors as for `mnist`.
+
+    Both kinds of rows come from the data set's test file, which ships whole: training rows from its first 8,000 images,
+    test rows from its last 2,000.
+
+    Notes
+    -----
+    Classes 0 to 9: T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot. Xiao, Rasul &
+    Vollgraf (2017), *Fashion-MNIST*.
+
+    Examples
+    --------
+    >>> import ngdcore as ngd
+    >>> d = ngd.data.fashion_mnist(classes=(5, 7), n_train=50, n_test=20)
+    >>> d.x.shape, d.source
+    (torch.Size([50, 784]), 'Fashion-MNIST, test file')
+    """
+    return _images("fashion-mnist", classes, n_train, n_test, norm, standardize, seed, dtype, device)
+
+
+def _images(data_set, classes, n_train, n_test, norm, standardize, seed, dtype, device) -> DataSet:
     classes = tuple(classes)
     if len(classes) < 2 or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
-        raise ValueError(f"classes={classes} must be two or more different digits from 0 to 9")
+        raise ValueError(f"classes={classes} must be two or more different classes from 0 to 9")
     if norm not in ("unit", "sqrt_d", None):
         raise ValueError(f"norm={norm!r} is unknown; use 'unit', 'sqrt_d' or None")
-    pixels, labels, used = zip(*(_rows(split, classes, n, seed) for split, n in (("train", n_train), ("t10k", n_test))))
+    splits = (("train", n_train), ("test", n_test))
+    pixels, labels, used = zip(*(_rows(data_set, split, classes, n, seed) for split, n in splits))
     x, x_test = (torch.from_numpy(p.reshape(len(p), -1)).to(torch.float64) / 255 for p in pixels)
     if standardize:
         mean, sd = x.mean(), x.std(correction=0)
         x, x_test = (x - mean) / sd, (x_test - mean) / sd
     x, x_test = (_normalise(v, norm).to(dtype=dtype, device=device) for v in (x, x_test))
-    labels = [torch.from_numpy(v.astype(np.int64)) for v in labels]
-    y, y_test = (_targets(v, classes).to(dtype=dtype, device=device) for v in labels)
-    return DataSet(
-        x, y, x_test, y_test, labels[0].to(device), labels[1].to(device), "MNIST, " + " and ".join(sorted(set(used)))
-    )
+    labels = [torch.from_numpy(v.astype(np.int64)).to(device) for v in labels]
+    y, y_test = (_targets(v, classes).to(dtype=dtype) for v in labels)
+    return DataSet(x, y, x_test, y_test, *labels, " and ".join(sorted(set(used))))
 
 
-def _rows(split, classes, n, seed):
+def _rows(data_set, split, classes, n, seed):
     """Images and labels of n rows with these classes, from the smallest source that holds them."""
-    for names, used in ((_SHIPPED, "first rows that ship"), (_FULL, "all rows")):
-        images, labels = (next(k for k in names if k.startswith(split) and part in k) for part in ("images", "labels"))
-        y = _load(labels, names[labels])
-        hits = np.flatnonzero(np.isin(y, classes))
+    if n < 1:
+        raise ValueError(f"n_train and n_test must be at least 1, not {n}")
+    for used, file, rows in _SOURCES[data_set, split]:
+        labels = _load(f"{file}-labels-idx1-ubyte")[rows]
+        hits = np.flatnonzero(np.isin(labels, classes))
         if len(hits) >= n:
             break
     else:
-        raise ValueError(f"{n} rows asked for, but the {split} split has {len(hits)} with classes {classes}")
-    if n < 1:
-        raise ValueError(f"n_train and n_test must be at least 1, not {n}")
+        raise ValueError(f"{n} rows asked for, but the {split} rows hold {len(hits)} with classes {classes}")
     if seed is not None:
         order = torch.randperm(len(hits), generator=torch.Generator().manual_seed(seed))
         hits = hits[np.sort(order[:n].numpy())]
-    return _load(images, names[images])[hits[:n]], y[hits[:n]], used
+    return _load(f"{file}-images-idx3-ubyte")[rows][hits[:n]], labels[hits[:n]], used
 
 
-def _load(name: str, sha256: str) -> np.ndarray:
+def _load(name: str) -> np.ndarray:
     """One IDX file, from the first source that has it; an altered file is an error, never passed over."""
     for path in _places(name):
         if path.is_file():
-            return _read(path, sha256)
-    return _read(_download(name, sha256), sha256)
+            return _read(path, _SHA256[name])
+    return _read(_download(name), _SHA256[name])
 
 
 def _places(name):
-    file = f"{name}.gz"
     if name in _SHIPPED:
-        return [
-            resources.files("ngdcore") / "_data" / "mnist" / file,
-            Path(__file__).parent.parent / "data" / "mnist" / file,
-        ]
-    folder = os.environ.get("NGD_DATA_DIR")
-    given = [Path(folder) / "mnist" / file, Path(folder) / file] if folder else []
-    return [*given, _cache() / file]
+        homes = [resources.files("ngdcore") / "_data", Path(__file__).parent.parent / "data"]
+    else:
+        folder = os.environ.get("NGD_DATA_DIR")
+        homes = [*([Path(folder)] if folder else []), _cache()]
+    return [home / f"{name}.gz" for home in homes]
 
 
 def _read(path, sha256) -> np.ndarray:
@@ -191,25 +233,25 @@ def _cache() -> Path:
     return Path(pooch.os_cache("ngdcore"))
 
 
-def _download(name, sha256) -> Path:
+def _download(name) -> Path:
     import pooch
 
     if name in _SHIPPED:
         raise DataError(f"{name}.gz ships with ngdcore but is missing from this installation; install ngdcore again")
     pooch.get_logger().setLevel("WARNING")
-    failures = []
+    target, failures = _cache() / f"{name}.gz", []
     for mirror in _MIRRORS:
         try:
-            path = Path(pooch.retrieve(f"{mirror}{name}.gz", known_hash=None, fname=f"{name}.gz", path=_cache()))
-            _read(path, sha256)
-            return path
+            pooch.retrieve(f"{mirror}{name}.gz", known_hash=None, fname=target.name, path=target.parent)
+            _read(target, _SHA256[name])
+            return target
         except DataError as error:
-            path.unlink()
+            target.unlink()
             failures.append(f"{mirror}: {error}")
         except Exception as error:  # whatever the network or the server does, the next mirror may have the file
             failures.append(f"{mirror}: {type(error).__name__}")
     raise DataError(
-        f"{name}.gz is needed and was found nowhere; put it into a folder named by NGD_DATA_DIR, or into {_cache()}."
+        f"{name}.gz is needed and was found nowhere; put it into a folder that NGD_DATA_DIR names, or into {_cache()}."
         f" Mirrors tried: {'; '.join(failures)}"
     )
 

@@ -1,11 +1,13 @@
 """Data sets: what ships, what is fetched, and every way in which a file can be wrong."""
 
 import gzip
+import hashlib
 import os
 import socket
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 import torch
 
@@ -56,6 +58,15 @@ def test_random_rows_are_seeded():
     assert len(torch.unique(a.x, dim=0)) == 40
 
 
+def test_fashion_rows_are_disjoint():
+    d = ngd.data.fashion_mnist(classes=(5, 7), n_train=1500, n_test=300, norm=None)
+    assert set(d.labels.tolist()) == {5, 7} and d.y.shape == (1500, 1)
+    both = torch.cat([d.x, d.x_test])
+    assert len(torch.unique(both, dim=0)) > 1790  # the file itself holds a few equal images
+    with pytest.raises(ValueError, match="2001 rows asked for"):
+        ngd.data.fashion_mnist(n_test=2001)
+
+
 def test_synthetic():
     assert torch.equal(ngd.data.sphere(5, 4, seed=2), ngd.data.sphere(5, 4, seed=2))
     assert torch.allclose(ngd.data.sphere(500, 4).norm(dim=1), torch.ones(500).double())
@@ -82,35 +93,36 @@ def test_refusals():
 @pytest.fixture
 def shipped(monkeypatch, tmp_path):
     """A copy of the shipped files that a test may damage."""
-    folder = tmp_path / "mnist"
-    folder.mkdir()
+    folder = tmp_path / "data"
     for name in data._SHIPPED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.gz").write_bytes(next(p for p in data._places(name) if p.is_file()).read_bytes())
     monkeypatch.setattr(data, "_places", lambda name: [folder / f"{name}.gz"])
     return folder
 
 
-@pytest.mark.parametrize("name", list(data._SHIPPED))
+@pytest.mark.parametrize("name", data._SHIPPED)
 def test_truncated_altered_missing(shipped, name):
+    load = ngd.data.mnist if name.startswith("mnist") else ngd.data.fashion_mnist
     path = shipped / f"{name}.gz"
     whole = path.read_bytes()
-    ngd.data.mnist(n_train=10, n_test=10)
+    load(n_train=10, n_test=10)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ngd.data.DataError, match=f"{name}.gz is truncated"):
-        ngd.data.mnist(n_train=10, n_test=10)
+        load(n_train=10, n_test=10)
     path.write_bytes(b"not gzip at all")
     with pytest.raises(ngd.data.DataError, match="truncated or no gzip"):
-        ngd.data.mnist(n_train=10, n_test=10)
+        load(n_train=10, n_test=10)
     raw = bytearray(gzip.decompress(whole))
     raw[-1] ^= 1
     path.write_bytes(gzip.compress(bytes(raw)))
     with pytest.raises(ngd.data.DataError, match="altered"):
-        ngd.data.mnist(n_train=10, n_test=10)
+        load(n_train=10, n_test=10)
     path.unlink()
     with pytest.raises(ngd.data.DataError, match="install ngdcore again"):
-        ngd.data.mnist(n_train=10, n_test=10)
+        load(n_train=10, n_test=10)
     path.write_bytes(gzip.compress(gzip.decompress(whole), 1))  # compressed otherwise, the same bytes
-    ngd.data.mnist(n_train=10, n_test=10)
+    load(n_train=10, n_test=10)
 
 
 def test_missing_everywhere_names_the_remedies(monkeypatch, tmp_path):
@@ -118,33 +130,32 @@ def test_missing_everywhere_names_the_remedies(monkeypatch, tmp_path):
     with pytest.raises(ngd.data.DataError, match="NGD_DATA_DIR") as error:
         ngd.data.mnist(n_train=20000)
     assert all(mirror in str(error.value) for mirror in data._MIRRORS)
-    assert not list((tmp_path / "cache").glob("*")), "a failed download leaves nothing behind"
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()], "a failed download leaves nothing behind"
 
 
 def test_download_tries_the_next_mirror(monkeypatch, tmp_path):
     """The first mirror answers with something else: it is deleted, and the second is asked."""
-    good, asked = np.arange(20, dtype=np.uint8), []
+    good, asked, name = np.arange(20, dtype=np.uint8), [], "mnist/train-labels-idx1-ubyte"
     raw = bytes([0, 0, 8, 1, 0, 0, 0, 20]) + good.tobytes()
-    import hashlib
-
-    import pooch
 
     def retrieve(url, known_hash, fname, path):
         asked.append(url)
         path.mkdir(parents=True, exist_ok=True)
         (path / fname).write_bytes(gzip.compress(raw if len(asked) > 1 else b"an error page"))
-        return str(path / fname)
 
+    monkeypatch.delenv("NGD_DATA_DIR", raising=False)
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    assert np.array_equal(data._load("some-file", hashlib.sha256(raw).hexdigest()), good)
-    assert len(asked) == 2 and asked[0].startswith(data._MIRRORS[0]) and asked[1].startswith(data._MIRRORS[1])
-    assert np.array_equal(data._load("some-file", hashlib.sha256(raw).hexdigest()), good)
+    monkeypatch.setitem(data._SHA256, name, hashlib.sha256(raw).hexdigest())
+    assert np.array_equal(data._load(name), good)
+    assert asked == [f"{mirror}{name}.gz" for mirror in data._MIRRORS]
+    assert np.array_equal(data._load(name), good)
     assert len(asked) == 2, "the second time it comes from the cache"
 
 
 def test_altered_file_in_data_dir_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("NGD_DATA_DIR", str(tmp_path))
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab"))
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab"))
     with pytest.raises(ngd.data.DataError, match="altered"):
         ngd.data.mnist(n_train=20000)
 
