@@ -1,10 +1,13 @@
 """One look for every figure: a colour an optimizer, theory as lines, runs as dots, spread as bands."""
 
+import html
+import os
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-__all__ = ["COLORS", "style", "theory", "runs", "band", "heatmap"]
+__all__ = ["COLORS", "style", "theory", "runs", "band", "heatmap", "css_color", "interactive"]
 
 _base = sns.color_palette("colorblind")
 COLORS = {
@@ -61,6 +64,49 @@ def heatmap(ax, matrix, label: str, **kwargs):
         matrix, ax=ax, cmap="vlag", vmin=-top, vmax=top, square=True, xticklabels=False, yticklabels=False,
         cbar_kws={"label": label, "shrink": 0.8}, **kwargs,
     )  # fmt: skip
+
+
+def css_color(key: str, alpha: float = 1.0) -> str:
+    """The colour of ``key`` as plotly wants it.
+
+    Examples
+    --------
+    >>> css_color("theory")
+    'rgba(38,38,38,1.0)'
+    """
+    return "rgba({},{},{},{})".format(*(round(255 * v) for v in COLORS[key]), alpha)
+
+
+def interactive(figure, alt: str):
+    """A plotly figure that answers to a hand, without a kernel and without the network.
+
+    In the book (``NGD_BOOK`` set) it becomes HTML that loads plotly.js from the site's own ``_static`` folder; anywhere
+    else the figure itself is returned. Put everything the reader may choose into frames, sliders or buttons.
+
+    Parameters
+    ----------
+    figure : plotly.graph_objects.Figure
+    alt : str
+        What a reader who cannot see it should know: both axes, and what changes.
+    """
+    figure.update_layout(
+        template="simple_white", height=440, margin=dict(l=60, r=15, t=40, b=50), font=dict(size=13),
+        paper_bgcolor="white", plot_bgcolor="white",
+    )  # fmt: skip
+    return _Offline(figure, alt) if os.environ.get("NGD_BOOK") else figure
+
+
+class _Offline:
+    def __init__(self, figure, alt):
+        self.figure, self.alt = figure, alt
+
+    def __repr__(self) -> str:
+        return f"interactive figure: {self.alt}"
+
+    def _repr_html_(self) -> str:
+        config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+        drawn = self.figure.to_html(full_html=False, include_plotlyjs="../_static/plotly.min.js", config=config)
+        return f'<div class="ngd-interactive" role="img" aria-label="{html.escape(self.alt)}">{drawn}</div>'
 
 
 def _array(value):

@@ -162,6 +162,13 @@ def gather(app, env):
     return sorted(state["tables"]) if changed else []
 
 
+def bring_plotly(app, exception):
+    """The one script that interactive figures load, from the installed package."""
+    if exception is None and app.builder.format == "html":
+        import plotly
+        shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", Path(app.outdir, "_static"))
+
+
 def write_claims(app, exception):
     if exception is None and app.builder.format == "html":
         text = json.dumps(kept(app.env)["claims"], indent=1, ensure_ascii=False)
@@ -283,6 +290,7 @@ def setup(app):
     app.connect("env-updated", gather)
     app.connect("doctree-resolved", fill)
     app.connect("build-finished", write_claims)
+    app.connect("build-finished", bring_plotly)
     app.add_node(Deferred)
     for name in TABLES:
         app.add_directive(name, Table)
