@@ -169,7 +169,8 @@ def run(
     Yields
     ------
     Step
-        Leaving the loop early stops the training there.
+        Leaving the loop early stops the training there. A state is yielded once its step has been taken: inside the
+        loop the network is one step ahead of ``state.outputs``.
 
     Raises
     ------
