@@ -6,6 +6,7 @@ all that `ngdcore.kernels.signals` asks of a network.
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -263,9 +264,9 @@ class DeepLinear(nn.Sequential):
 
 def _check_widths(widths) -> list[int]:
     widths = list(widths)
-    if len(widths) < 2 or any(not isinstance(w, int) or w < 1 for w in widths):
+    if len(widths) < 2 or any(not isinstance(w, Integral) or w < 1 for w in widths):
         raise ValueError(f"widths={widths} must hold at least two whole numbers of 1 or more (input, ..., output)")
-    return widths
+    return [int(w) for w in widths]
 
 
 def _generator(seed: int) -> torch.Generator:
