@@ -333,9 +333,10 @@ class BlockDiagonal(LayerWise):
 class KFAC(Fisher):
     r"""Kronecker-factored blocks: layer l has :math:`F_l = D_l^\top D_l/N \otimes H_l^\top H_l/N`.
 
-    Direction of layer l, as a matrix (M_out x M_in) with :math:`s = \sqrt\lambda` and G = g on the rows of its sample:
-    :math:`(D^\top D/N + s)^+\,(D^\top G H/N)\,(H^\top H/N + s)^+`. On training rows
-    :math:`Q = N\sum_l B_l(B_l + Ns)^+ \circ (A_l(A_l + Ns)^+ \otimes 11^\top)`.
+    With :math:`s = \sqrt\lambda` and the shifted factors :math:`\bar B = D^\top D/N + s`,
+    :math:`\bar A = H^\top H/N + s`, the direction of layer l is the matrix (M_out x M_in) :math:`\bar B^+ (D^\top G H/N) \bar A^+`, where G (NC x N) has
+    g on the rows of its sample. On training rows Q is N times the sum over layers of
+    :math:`B(B + Ns)^+ \circ (A(A + Ns)^+ \otimes 11^\top)`.
 
     Each factor is inverted on its cheaper side: N x N (or NC x NC) when samples are fewer than units, M x M otherwise.
     Both sides give the same step, by the push-through identity.
