@@ -334,9 +334,9 @@ class KFAC(Fisher):
     r"""Kronecker-factored blocks: layer l has :math:`F_l = D_l^\top D_l/N \otimes H_l^\top H_l/N`.
 
     With :math:`s = \sqrt\lambda` and the shifted factors :math:`\bar B = D^\top D/N + s`,
-    :math:`\bar A = H^\top H/N + s`, the direction of layer l is the matrix (M_out x M_in) :math:`\bar B^+ (D^\top G H/N) \bar A^+`, where G (NC x N) has
-    g on the rows of its sample. On training rows Q is N times the sum over layers of
-    :math:`B(B + Ns)^+ \circ (A(A + Ns)^+ \otimes 11^\top)`.
+    :math:`\bar A = H^\top H/N + s`, the direction of layer l is the matrix (M_out x M_in)
+    :math:`\bar B^+ (D^\top G H/N) \bar A^+`, where G (NC x N) has g on the rows of its sample. On training rows Q is N
+    times the sum over layers of :math:`B(B + Ns)^+ \circ (A(A + Ns)^+ \otimes 11^\top)`.
 
     Each factor is inverted on its cheaper side: N x N (or NC x NC) when samples are fewer than units, M x M otherwise.
     Both sides give the same step, by the push-through identity.
