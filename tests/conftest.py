@@ -1,5 +1,6 @@
 """What a whole test run does once: build the wheel, run every chapter from it, build the book from those runs."""
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -56,9 +57,18 @@ def cache():
     return get_cache(path)
 
 
+def children():
+    """CPU seconds of all processes that this one has started and seen end."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="session")
 def run_chapter(wheel, cache, tmp_path_factory):
-    """chapter -> (executed notebook, seconds). Each runs once, as on Colab: its .ipynb, the wheel, an empty folder."""
+    """chapter -> (executed notebook, CPU seconds). Each runs once, as on Colab: its .ipynb, the wheel, an empty folder.
+
+    CPU seconds of the kernel are no less than what a reader with two idle cores waits; a busy machine adds none.
+    """
     done = {}
 
     def run(stem):
@@ -67,18 +77,18 @@ def run_chapter(wheel, cache, tmp_path_factory):
             nb.cells.append(nbformat.v4.new_code_cell("import ngdcore; print(ngdcore.__file__)"))
             # The cache's key is code cells with their metadata, and the kernel's name: keep all as they are written.
             kernelspec = nb.metadata.kernelspec
-            folder, start = tmp_path_factory.mktemp(stem), time.perf_counter()
+            folder, start, before = tmp_path_factory.mktemp(stem), time.perf_counter(), children()
             client = NotebookClient(nb, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}})
             client.execute(env=environment(PYTHONPATH=str(wheel), NGD_BOOK="1"))     # the book's figures
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, children() - before
             assert str(wheel) in nb.cells.pop().outputs[0]["text"], "not the wheel's copy"
             nb.metadata.kernelspec = kernelspec
             nb.cells = [cell for cell in nb.cells if "install" not in cell.metadata.get("tags", [])]
             cache.cache_notebook_bundle(CacheBundleIn(nb, str(ROOT / "notebooks" / f"{stem}.md"),
                                                       data={"execution_seconds": seconds}),
                                         check_validity=False, overwrite=True)
-            print(f"\n{stem}: {seconds:.1f} s")
-            done[stem] = nb, seconds
+            print(f"\n{stem}: {seconds:.1f} s, {cpu:.1f} s CPU")
+            done[stem] = nb, cpu
         return done[stem]
     return run
 
