@@ -1,7 +1,8 @@
 """How fast the factored engine is, measured against what the machine's matrix product can do at best.
 
-    python benchmarks/gram.py            the workloads below, and torch.func's dense Jacobian where it fits
-    python benchmarks/gram.py --check    exit 1 unless the float32 Gram of 784-4096-4096-1 is within 1/0.7 of the rate
+    python benchmarks/engine.py            the workloads below, and torch.func's dense Jacobian where it fits
+    python benchmarks/engine.py --check    exit 1 unless the Gram (N = 500) and the K-FAC step (N = 1000) of
+                                           784-4096-4096-1, both in float32, are within 1/0.7 of that rate
 
 A workload's floor is its count of floating-point operations, symmetry not used, over the best GEMM rate found on the
 shapes it multiplies (same dtype and threads, the two interleaved, minima over the repeats).
@@ -27,6 +28,13 @@ def shapes(widths, n, c):
     return forward + backward + grams
 
 
+def step_shapes(widths, n, c):
+    """The same for a K-FAC step from the sample side: Gram work, factor solves, and the products back to weights."""
+    back = [p for a, b in zip(widths, widths[1:]) for p in ((n, n * c, b), (b, n, a))]
+    solves = [(n, n, n)] * (2 * len(widths) - 3)  # two triangular solves with n columns a factor; the last D is tiny
+    return shapes(widths, n, c) + back + solves
+
+
 def flops(products):
     return sum(2 * a * b * c for a, b, c in products)
 
@@ -37,18 +45,29 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def measure(widths, n, repeats, dtype):
-    """Best seconds of the Gram, best GEMM rate, interleaved."""
-    c = widths[-1]
-    net, x = ngd.models.MLP(widths, dtype=dtype), ngd.data.gaussian(n, widths[0], dtype=dtype)
-    products = shapes(widths, n, c)
+def gram(net, x):
+    return lambda: ngd.kernels.empirical(ngd.signals(net, x)).gram()
+
+
+def kfac_step(net, x):
+    buffers, g = [None], torch.ones(len(x), net[-1].out_features, dtype=x.dtype)
+
+    def step():
+        buffers[0], _ = ngd.fisher.KFAC().solve(ngd.signals(net, x), g, 1e-6, buffers[0])
+
+    return step
+
+
+def measure(workload, products, widths, n, repeats, dtype=torch.float32):
+    """Best seconds of the workload, best GEMM rate, interleaved."""
+    run = workload(ngd.models.MLP(widths, dtype=dtype), ngd.data.gaussian(n, widths[0], dtype=dtype))
     large = sorted(set(products), key=lambda s: -s[0] * s[1] * s[2])[:3]
     operands = [(torch.randn(a, b, dtype=dtype), torch.randn(b, d, dtype=dtype)) for a, b, d in large]
-    gram, rates = [], []
+    times, rates = [], []
     for _ in range(repeats):
-        gram.append(seconds(lambda: ngd.kernels.empirical(ngd.signals(net, x)).gram()))
+        times.append(seconds(run))
         rates += [flops([shape]) / seconds(lambda a=a, b=b: a @ b) for shape, (a, b) in zip(large, operands)]
-    return min(gram), max(rates), flops(products)
+    return min(times), max(rates), flops(products)
 
 
 def dense(widths, n):
@@ -68,17 +87,17 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    cases = [([784, 4096, 4096, 1], 500)]
+    wide = [784, 4096, 4096, 1]
+    cases = [("Gram", gram, shapes, wide, 500), ("K-FAC step", kfac_step, step_shapes, wide, 1000)]
     if not options.check:
-        cases += [([784, 1024, 1024, 1], 500), ([784, 1024, 1024, 10], 200)]
+        cases += [("Gram", gram, shapes, [784, 1024, 1024, 1], 500), ("Gram", gram, shapes, [784, 1024, 1024, 10], 200)]
     worst = 0.0
-    for widths, n in cases:
-        best, rate, count = measure(widths, n, options.repeats, torch.float32)
-        ratio = best * rate / count
+    for name, workload, count, widths, n in cases:
+        best, rate, total = measure(workload, count(widths, n, widths[-1]), widths, n, options.repeats)
+        ratio = best * rate / total
         worst = max(worst, ratio)
-        name = "-".join(map(str, widths))
-        cost = f"{best:.3f} s for {count / 1e9:.1f} GFLOP"
-        print(f"Gram {name}, N={n}: {cost}; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}")
+        cost = f"{best:.3f} s for {total / 1e9:.1f} GFLOP"
+        print(f"{name} {'-'.join(map(str, widths))}, N={n}: {cost}; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}")
     if not options.check:
         print(f"torch.func.jacrev, 784-1024-1024-1, N=100: {dense([784, 1024, 1024, 1], 100):.2f} s")
     return int(options.check and worst > LIMIT)
