@@ -50,6 +50,7 @@ def record_chapter(root: Path, chapter: str, scale: str) -> Path:
         "seeds": sorted({s for row in rows for s in row["seeds"]}),
     }  # fmt: skip
     path = root / "data" / "recorded" / f"{chapter}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")  # an interrupted write leaves no half a record behind
     draft.write_text(json.dumps(result, indent=1) + "\n")
     draft.replace(path)

@@ -122,7 +122,6 @@ def test_recording_writes_whole_files(tmp_path):
     from ngdcore import __main__ as command
 
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "data" / "recorded").mkdir(parents=True)
     (tmp_path / "ngdcore").symlink_to(ROOT / "ngdcore")
     (tmp_path / "book").symlink_to(ROOT / "book")
     (tmp_path / "notebooks" / "99_small.md").write_text(
