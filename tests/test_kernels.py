@@ -162,7 +162,8 @@ def test_analytic_relu_near_coinciding_inputs(bias_var):
     K = ngd.kernels.analytic(x, 3, "relu", 2.0, bias_var).gram()
     for i in range(6):
         for j in range(6):
-            assert abs(float(K[i, j]) - _exact_relu_ntk(x, i, j, 3, 2.0, bias_var)) < 1e-9
+            tolerance = 1e-9 if {i, j} == {4, 5} else 1e-12  # nearly opposite: 1 + cos is kept to rounding only
+            assert abs(float(K[i, j]) - _exact_relu_ntk(x, i, j, 3, 2.0, bias_var)) < tolerance
 
 
 def test_arc_cosine_gram():
