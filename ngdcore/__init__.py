@@ -5,7 +5,7 @@ factors; a ``fisher`` turns factors into a coefficient matrix Q, and signals int
 """
 
 from . import data, dynamics, experiment, fisher, kernels, models, optim, plotting
-from .kernels import signals
+from .models import signals
 
 __version__ = "0.1.0"
 __all__ = ["models", "data", "experiment", "kernels", "fisher", "optim", "dynamics", "plotting", "signals"]

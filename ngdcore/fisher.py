@@ -5,30 +5,15 @@ pair of factors into the coefficient matrix :math:`Q = \frac1N J F^+ J^\top`. Th
 pushing the direction forward gives :math:`J d = Q g`. With damping, :math:`F + \rho I` stands for :math:`F`.
 """
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kernels import Factors, Signals, empirical
+from .kernels import Factors, Info, RankDeficient, empirical, solve_indefinite, solve_spd
+from .models import Signals
 
 __all__ = ["Fisher", "Exact", "LayerWise", "BlockDiagonal", "KFAC", "Info", "RankDeficient"]
-
-WARN_FLOAT32 = 1e6
-
-
-class RankDeficient(ArithmeticError):
-    """A Gram matrix (or damped system) has no inverse to working precision; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """What a solve reports: the estimated condition number of the (worst) solved matrix, and the jitter added to it."""
-
-    condition: float
-    jitter: float
 
 
 class Fisher:
@@ -203,7 +188,7 @@ class Exact(Fisher):
     def _weights(self, factors, rhs, damping):
         K = factors.gram()
         K.diagonal().add_(factors.columns * damping)
-        return _solve_spd(K, rhs, self.rank, self.jitter, factors)
+        return solve_spd(K, rhs, self.rank, self.jitter, factors)
 
     def __repr__(self) -> str:
         return f"Exact(rank={self.rank!r}, jitter={self.jitter:g})"
@@ -275,7 +260,7 @@ class LayerWise(Fisher):
         for l, share in enumerate(inverse.sum(1)):
             K = factors.layer(l)
             K.diagonal().add_(factors.columns * damping * inverse[l, l])
-            w, info = _solve_spd(K, share * rhs, self.rank, self.jitter, factors, f"layer {l}'s ")
+            w, info = solve_spd(K, share * rhs, self.rank, self.jitter, factors, f"layer {l}'s ")
             weights.append(w)
             infos.append(info)
         return weights, Info(max(i.condition for i in infos), max(i.jitter for i in infos))
@@ -286,9 +271,9 @@ class LayerWise(Fisher):
         M = torch.block_diag(*grams) + factors.columns * damping * torch.kron(inverse, torch.eye(len(rhs)).to(rhs))
         b = torch.cat([share * rhs for share in inverse.sum(1)])
         if torch.linalg.eigvalsh(self.sigma)[0] > 0:
-            v, info = _solve_spd(M, b, self.rank, self.jitter, factors, "the damped layer-wise ")
+            v, info = solve_spd(M, b, self.rank, self.jitter, factors, "the damped layer-wise ")
         else:
-            v, info = _solve_indefinite(M, b, damping)
+            v, info = solve_indefinite(M, b, damping)
         return list(v.split(len(rhs))), info
 
     def __repr__(self) -> str:
@@ -417,90 +402,11 @@ class KFAC(Fisher):
     def _invert(self, M, shift, rhs, factors, l):
         M = M.clone()
         M.diagonal().add_(shift)
-        x, info = _solve_spd(M, rhs, self.rank, 0.0, factors, f"layer {l}'s factor: its ")
+        x, info = solve_spd(M, rhs, self.rank, 0.0, factors, f"layer {l}'s factor: its ")
         return x, info.condition
 
     def __repr__(self) -> str:
         return f"KFAC(rank={self.rank!r})"
-
-
-# ---------------------------------------------------------------------------------------------- solves
-
-
-def _solve_spd(K, rhs, rank, jitter, factors, name="the "):
-    """Solve K v = rhs for a symmetric positive (semi-)definite K: Cholesky and two triangular solves."""
-    shift = jitter * float(K.diagonal().mean())
-    K.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(K)
-    condition = float("inf") if failed else _condition(K, factor)
-    eps = torch.finfo(K.dtype).eps
-    single = eps > 1e-10
-    if not condition < (1 / eps if single else 1 / (len(K) * eps)):
-        if rank == "pinv":
-            return _solve_pinv(K, rhs, shift)
-        raise RankDeficient(
-            f"{name}Gram matrix ({len(K)} x {len(K)}) is singular to {K.dtype}"
-            f" (estimated condition number {condition:.1e}){_culprits(factors)}."
-            + (" Use float64," if single else " Use")
-            + " rank='pinv' for the pseudo-inverse, or damping."
-        )
-    if single and condition > WARN_FLOAT32:
-        warnings.warn(
-            f"{name}Gram matrix has condition number {condition:.1e}: a float32 solve keeps few digits; use float64",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True), Info(condition, shift)
-
-
-def _solve_pinv(K, rhs, shift):
-    values, vectors = torch.linalg.eigh(K)
-    keep = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
-    if not keep.any():
-        raise RankDeficient("the Gram matrix is zero: no output depends on a trained parameter")
-    values, vectors = values[keep], vectors[:, keep]
-    return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(float(values[-1] / values[0]), shift)
-
-
-def _solve_indefinite(M, rhs, damping):
-    values, vectors = torch.linalg.eigh(M)
-    size = values.abs()
-    condition = float(size.max() / size.min())
-    if not condition < 1 / (len(M) * torch.finfo(M.dtype).eps):
-        raise RankDeficient(
-            f"damping={damping:g} sits on a pole of the damped layer-wise system; move it by a few percent"
-        )
-    return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(condition, 0.0)
-
-
-def _condition(K, factor, sweeps: int = 6) -> float:
-    """Estimate (from below) of the condition number of K: a few power and inverse iterations on a Cholesky factor."""
-    v = torch.randn(len(K), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(K)
-    top, low = v / v.norm(), v / v.norm()
-    for _ in range(sweeps):
-        top = K @ top
-        largest, top = top.norm(), top / top.norm()
-        half = torch.linalg.solve_triangular(factor, low, upper=False)
-        low = torch.linalg.solve_triangular(factor.T, half, upper=True)
-        inverse, low = low.norm(), low / low.norm()
-    condition = float(largest * inverse)
-    return condition if condition == condition else float("inf")
-
-
-def _culprits(factors: Factors) -> str:
-    """Duplicate or antipodal inputs, if there are any: the usual reason of a singular Gram."""
-    if factors.train is not factors:
-        return ""
-    A = factors.A(0)
-    scale = A.diagonal().clamp_min(torch.finfo(A.dtype).tiny).rsqrt()
-    cosine = (A * scale[:, None] * scale).triu(1)
-    found = []
-    for kind, hit in (("duplicate", cosine > 1 - 1e-6), ("antipodal", cosine < -1 + 1e-6)):
-        pairs = hit.nonzero()
-        if len(pairs):
-            found.append(f"{len(pairs)} pair(s) of {kind} inputs, the first in rows {pairs[0].tolist()}")
-    return "; there are " + " and ".join(found) if found else ""
 
 
 def _check_solver(rank, jitter):

@@ -1,300 +1,25 @@
-r"""Signals and factors: everything a natural gradient needs, without a Jacobian.
+r"""Factors and Gram matrices: everything a natural gradient needs, without a Jacobian; and how Grams are solved.
 
-For a batch of N inputs and a network with C outputs, a trained layer l sees its inputs :math:`H_l` (N x M_in)
-and the gradients of the outputs at its pre-activations, :math:`D_l` (NC x M_out, sample-major). With the *factors*
-:math:`A_l = H_l H_l^\top` and :math:`B_l = D_l D_l^\top` the layer's Gram matrix is
-:math:`K_l = (A_l \otimes 1_C 1_C^\top) \circ B_l`, and :math:`J J^\top = K = \sum_l K_l`. Infinitely wide networks
-have no signals but the same factors, by recursion.
+From a network's signals, inputs :math:`H_l` (N x M_in) and output-gradients :math:`D_l` (NC x M_out, sample-major) of
+each trained layer, come the *factors* :math:`A_l = H_l H_l^\top` and :math:`B_l = D_l D_l^\top`; the layer's Gram
+matrix is :math:`K_l = (A_l \otimes 1_C 1_C^\top) \circ B_l`, and :math:`J J^\top = K = \sum_l K_l`. Infinitely wide
+networks have no signals but the same factors, by recursion.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import models
+from .models import Signals, check_matrix
 
-__all__ = ["Signals", "signals", "Factors", "empirical", "analytic", "arc_cosine_gram"]
+__all__ = ["Factors", "empirical", "analytic", "arc_cosine_gram"]
 
 TILE = 256  # rows of NC a tile: small enough for the cache, large enough for GEMM at full speed
-
-ELEMENTWISE = (
-    nn.ReLU, nn.Tanh, nn.Identity, models.Erf, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU,
-    nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Mish, nn.Hardswish,
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- signals
-
-
-@dataclass(frozen=True)
-class Signals:
-    r"""What one forward and one backward sweep leave at every trained layer; made by `signals`.
-
-    Attributes
-    ----------
-    outputs : Tensor, (N, C)
-        The network's outputs.
-    H : list of Tensor, (N, M_in) each
-        Inputs of each trained layer, with the parameterisation's factor; a trained bias is one more column.
-    D : list of Tensor, (NC, M_out) each
-        Gradient of every output at each trained layer's pre-activations, rows sample-major.
-    net : nn.Module
-        The network the signals were taken from.
-
-    Notes
-    -----
-    Row :math:`(n, c)` of layer l's Jacobian is :math:`D_l[nc] \otimes H_l[n]`. `jvp` and `vjp` use it without ever
-    forming it.
-    """
-
-    net: nn.Module
-    outputs: Tensor
-    H: list[Tensor]
-    D: list[Tensor]
-    layers: list[nn.Linear] = field(repr=False)
-    versions: tuple[int, ...] = field(repr=False)
-
-    @property
-    def n(self) -> int:
-        """Number of samples N."""
-        return self.outputs.shape[0]
-
-    @property
-    def c(self) -> int:
-        """Number of outputs C."""
-        return self.outputs.shape[1]
-
-    def vjp(self, v: Tensor | list[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        r"""The pull-back :math:`\sum_l J_l^\top v_l`, one tensor a trained parameter: one matrix product a layer.
-
-        Parameters
-        ----------
-        v : Tensor of shape (N, C) or (NC,), or one such tensor a trained layer
-            Output-space weights; a single tensor serves every layer (then this is :math:`J^\top v`).
-        out : list of Tensor, optional
-            Buffers to write to, shaped like the result.
-
-        Returns
-        -------
-        list of Tensor
-            In the order of the network's trained parameters.
-
-        Raises
-        ------
-        ValueError
-            If a weight vector does not have NC entries.
-
-        Examples
-        --------
-        >>> import torch, ngdcore as ngd
-        >>> net = ngd.models.MLP([3, 4, 1], seed=0)
-        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
-        >>> [g.shape for g in sig.vjp(torch.ones(3, 1, dtype=torch.float64))]
-        [torch.Size([4, 3]), torch.Size([1, 4])]
-        """
-        weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
-        if len(weights) != len(self.H) or any(w.numel() != self.n * self.c for w in weights):
-            raise ValueError(f"v must hold N*C = {self.n * self.c} entries, one tensor or one a layer ({len(self.H)})")
-        pulled = [
-            torch.einsum("ncm,nc->nm", D.view(self.n, self.c, -1), w.reshape(self.n, self.c))
-            for D, w in zip(self.D, weights)
-        ]
-        return self.pack(list(zip(pulled, self.H)), out)
-
-    def pack(self, layers: list, out: list[Tensor] | None = None) -> list[Tensor]:
-        r"""One tensor a trained parameter from one matrix a trained layer, with its biases as the last column.
-
-        Parameters
-        ----------
-        layers : list
-            For each trained layer a matrix (M_out, M_in), or a pair :math:`(E, H)` that stands for
-            :math:`E^\top H`: (N, M_out) and (N, M_in). The product is written straight into place.
-        out : list of Tensor, optional
-            Buffers to write to, shaped like the result.
-        """
-        result, slots = [], iter(out or [])
-        for layer, given in zip(self.layers, layers):
-            left, right = given if isinstance(given, tuple) else (None, given)
-            for param, columns in _trained(layer, right):
-                slot = next(slots, None)
-                target = torch.empty_like(param) if slot is None else slot
-                place = target.view(-1, columns.shape[1])
-                place.copy_(columns) if left is None else torch.mm(left.T, columns, out=place)
-                result.append(target)
-        return result
-
-    def jvp(self, direction: list[Tensor]) -> Tensor:
-        r"""The push-forward :math:`J\,d`: first-order change of the outputs, shape (N, C).
-
-        Parameters
-        ----------
-        direction : list of Tensor
-            One tensor a trained parameter, as `vjp` and ``Fisher.direction`` return.
-
-        Raises
-        ------
-        ValueError
-            If the shapes are not those of the trained parameters.
-
-        Examples
-        --------
-        >>> import torch, ngdcore as ngd
-        >>> net = ngd.models.MLP([3, 4, 2], seed=0)
-        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
-        >>> d = sig.vjp(torch.ones(3, 2, dtype=torch.float64))
-        >>> K = ngd.kernels.empirical(sig).gram()
-        >>> torch.allclose(sig.jvp(d).flatten(), K.sum(1))
-        True
-        """
-        params = [p for layer, H in zip(self.layers, self.H) for p, _ in _trained(layer, H)]
-        if [tuple(d.shape) for d in direction] != [tuple(p.shape) for p in params]:
-            raise ValueError(f"direction must have the trained parameters' shapes {[tuple(p.shape) for p in params]}")
-        total, parts = torch.zeros_like(self.outputs), iter(direction)
-        for layer, H, D in zip(self.layers, self.H, self.D):
-            change = sum(columns @ next(parts).reshape(-1, columns.shape[1]).T for _, columns in _trained(layer, H))
-            total += torch.einsum("ncm,nm->nc", D.view(self.n, self.c, -1), change)
-        return total
-
-    def at(self, x: Tensor) -> "Signals":
-        """Signals of the same network at other inputs; raises if its weights have moved since these were taken."""
-        if self.versions != _versions(self.net):
-            raise ValueError("the network's weights changed since these signals were taken; call signals(net, x) again")
-        return signals(self.net, x)
-
-
-def signals(net: nn.Module, x: Tensor) -> Signals:
-    r"""One forward and one backward sweep: the inputs and output-gradients of every trained layer.
-
-    Parameters
-    ----------
-    net : nn.Sequential
-        Any (nested) ``Sequential`` of ``nn.Linear`` (or `ngdcore.models.Linear`) and elementwise activations. Layers
-        whose parameters do not require gradients are passed through, not trained.
-    x : Tensor, (N, d)
-        Inputs, in the network's dtype and on its device.
-
-    Returns
-    -------
-    Signals
-        N·(sum of M_in + C · sum of M_out) numbers; nothing of size N x P.
-
-    Raises
-    ------
-    TypeError
-        For a module that is neither linear nor elementwise.
-    ValueError
-        For inputs of a wrong shape, dtype or device, inputs that are not finite, or a net that trains nothing.
-
-    Examples
-    --------
-    >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
-    >>> sig.outputs.shape, [h.shape[1] for h in sig.H], [d.shape[0] for d in sig.D]
-    (torch.Size([3, 2]), [3, 4], [6, 6])
-    """
-    modules = _flatten(net)
-    linear = [m for m in modules if isinstance(m, nn.Linear)]
-    trained = [m for m in linear if any(p.requires_grad for p in m.parameters())]
-    if not trained:
-        raise ValueError("net trains nothing: no nn.Linear in it has a parameter with requires_grad=True")
-    _check_matrix("x", x, linear[0].in_features, linear[0].weight)
-    with torch.no_grad():
-        outputs, inputs, slopes = _forward(modules, x)
-        D = _backward(modules, trained[0], slopes, outputs)
-        H = [_columns(m, inputs[m]) for m in trained]
-    return Signals(net, outputs, H, [D[m] for m in trained], trained, _versions(net))
-
-
-def _forward(modules, x):
-    """Outputs, every linear layer's input, every activation's slope."""
-    h, inputs, slopes = x, {}, {}
-    for position, m in enumerate(modules):
-        if isinstance(m, nn.Linear):
-            inputs[m] = h
-            h = m(h)
-        else:
-            with torch.enable_grad():
-                u = h.detach().requires_grad_()
-                h = m(u)
-                (slopes[position],) = torch.autograd.grad(h.sum(), u)
-            h = h.detach()
-    return h, inputs, slopes
-
-
-def _backward(modules, first, slopes, outputs):
-    """Gradients of all C outputs at each linear layer's pre-activations, down to the first trained one."""
-    n, c = outputs.shape
-    grad, D = torch.eye(c, dtype=outputs.dtype, device=outputs.device).expand(n, c, c), {}
-    for position in reversed(range(len(modules))):
-        m = modules[position]
-        if not isinstance(m, nn.Linear):
-            grad = grad * slopes[position][:, None, :]
-            continue
-        D[m] = grad.reshape(n * c, -1)
-        if m is first:
-            break
-        scale = getattr(m, "weight_scale", 1.0)
-        grad = (D[m] @ (m.weight if scale == 1.0 else scale * m.weight)).view(n, c, -1)
-    return D
-
-
-def _columns(layer, h):
-    """Inputs of a trained layer: scaled activations for a trained weight, one column for a trained bias."""
-    scale, parts = getattr(layer, "weight_scale", 1.0), []
-    if layer.weight.requires_grad:
-        parts.append(h if scale == 1.0 else scale * h)
-    if layer.bias is not None and layer.bias.requires_grad:
-        parts.append(h.new_full((h.shape[0], 1), getattr(layer, "bias_scale", 1.0)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _trained(layer, H):
-    """Pairs (trained parameter, its columns of H)."""
-    split = layer.in_features if layer.weight.requires_grad else 0
-    if split:
-        yield layer.weight, H[:, :split]
-    if H.shape[1] > split:
-        yield layer.bias, H[:, split:]
-
-
-def _flatten(net) -> list[nn.Module]:
-    if not isinstance(net, nn.Sequential):
-        raise TypeError(
-            f"net must be an nn.Sequential of nn.Linear and elementwise activations, not {type(net).__name__}"
-        )
-    modules = []
-    for m in net:
-        if isinstance(m, nn.Sequential):
-            modules += _flatten(m)
-        elif isinstance(m, (nn.Linear, *ELEMENTWISE)):
-            modules.append(m)
-        else:
-            raise TypeError(f"net holds {type(m).__name__}; signals know nn.Linear and elementwise activations only")
-    linear = [m for m in modules if isinstance(m, nn.Linear)]
-    if len(set(map(id, linear))) < len(linear):
-        raise TypeError(
-            "net uses the same nn.Linear twice; its two Jacobians would have to be added, which is not done here"
-        )
-    return modules
-
-
-def _versions(net) -> tuple[int, ...]:
-    return tuple(p._version for p in net.parameters())
-
-
-def _check_matrix(name, x, columns, like) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[0] < 1 or (columns is not None and x.shape[1] != columns):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a tensor of shape (N, {columns or 'd'}), not {shape}")
-    if like is not None and (x.dtype != like.dtype or x.device != like.device):
-        raise ValueError(
-            f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on {like.device}; use {name}.to(...)"
-        )
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity; remove those rows first")
+WARN_FLOAT32 = 1e6
 
 
 # ---------------------------------------------------------------------------------------------- factors
@@ -504,7 +229,7 @@ class _Analytic(Factors):
     def cross(self, x):
         if isinstance(x, Signals):
             raise TypeError("x must be a tensor of inputs: analytic factors have no signals")
-        _check_matrix("x", x, self._x.shape[1], self._x)
+        check_matrix("x", x, self._x.shape[1], self._x)
         return _Analytic(x, *self._settings, columns=self._x, train=self)
 
 
@@ -584,7 +309,7 @@ def analytic(
     >>> torch.allclose(fac.gram().diagonal(), torch.tensor(4 / 3, dtype=torch.float64))
     True
     """
-    _check_matrix("x", x, None, None)
+    check_matrix("x", x, None, None)
     if not x.is_floating_point():
         raise ValueError(f"x must be of a floating dtype, not {x.dtype}")
     if activation not in DUALS:
@@ -627,9 +352,100 @@ def arc_cosine_gram(x: Tensor, other: Tensor | None = None) -> Tensor:
     >>> ngd.kernels.arc_cosine_gram(torch.eye(2, dtype=torch.float64)).tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
-    _check_matrix("x", x, None, None)
+    check_matrix("x", x, None, None)
     factors = analytic(x, 2, "relu")
     if other is not None:
         factors = analytic(other, 2, "relu").cross(x)
     # layer 1 of the two-layer net in NTK scaling is (2 x.x'/d) * 2 (pi - angle)/(2 pi), undone here
     return factors.layer(0) * (x.shape[1] / 4)
+
+
+# ---------------------------------------------------------------------------------------------- solves
+
+
+class RankDeficient(ArithmeticError):
+    """A Gram matrix (or damped system) has no inverse to working precision; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a solve reports: the estimated condition number of the (worst) solved matrix, and the jitter added to it."""
+
+    condition: float
+    jitter: float
+
+
+def solve_spd(K, rhs, rank, jitter, factors, name="the "):
+    """Solve K v = rhs for a symmetric positive (semi-)definite K: Cholesky and two triangular solves."""
+    shift = jitter * float(K.diagonal().mean())
+    K.diagonal().add_(shift)
+    factor, failed = torch.linalg.cholesky_ex(K)
+    condition = float("inf") if failed else _condition(K, factor)
+    eps = torch.finfo(K.dtype).eps
+    single = eps > 1e-10
+    if not condition < (1 / eps if single else 1 / (len(K) * eps)):
+        if rank == "pinv":
+            return solve_pinv(K, rhs, shift)
+        raise RankDeficient(
+            f"{name}Gram matrix ({len(K)} x {len(K)}) is singular to {K.dtype}"
+            f" (estimated condition number {condition:.1e}){_culprits(factors)}."
+            + (" Use float64," if single else " Use")
+            + " rank='pinv' for the pseudo-inverse, or damping."
+        )
+    if single and condition > WARN_FLOAT32:
+        warnings.warn(
+            f"{name}Gram matrix has condition number {condition:.1e}: a float32 solve keeps few digits; use float64",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True), Info(condition, shift)
+
+
+def solve_pinv(K, rhs, shift):
+    values, vectors = torch.linalg.eigh(K)
+    keep = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
+    if not keep.any():
+        raise RankDeficient("the Gram matrix is zero: no output depends on a trained parameter")
+    values, vectors = values[keep], vectors[:, keep]
+    return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(float(values[-1] / values[0]), shift)
+
+
+def solve_indefinite(M, rhs, damping):
+    values, vectors = torch.linalg.eigh(M)
+    size = values.abs()
+    condition = float(size.max() / size.min())
+    if not condition < 1 / (len(M) * torch.finfo(M.dtype).eps):
+        raise RankDeficient(
+            f"damping={damping:g} sits on a pole of the damped layer-wise system; move it by a few percent"
+        )
+    return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(condition, 0.0)
+
+
+def _condition(K, factor, sweeps: int = 6) -> float:
+    """Estimate (from below) of the condition number of K: a few power and inverse iterations on a Cholesky factor."""
+    v = torch.randn(len(K), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(K)
+    top, low = v / v.norm(), v / v.norm()
+    for _ in range(sweeps):
+        top = K @ top
+        largest, top = top.norm(), top / top.norm()
+        half = torch.linalg.solve_triangular(factor, low, upper=False)
+        low = torch.linalg.solve_triangular(factor.T, half, upper=True)
+        inverse, low = low.norm(), low / low.norm()
+    condition = float(largest * inverse)
+    return condition if condition == condition else float("inf")
+
+
+def _culprits(factors: Factors) -> str:
+    """Duplicate or antipodal inputs, if there are any: the usual reason of a singular Gram."""
+    if factors.train is not factors:
+        return ""
+    A = factors.A(0)
+    scale = A.diagonal().clamp_min(torch.finfo(A.dtype).tiny).rsqrt()
+    cosine = (A * scale[:, None] * scale).triu(1)
+    found = []
+    for kind, hit in (("duplicate", cosine > 1 - 1e-6), ("antipodal", cosine < -1 + 1e-6)):
+        pairs = hit.nonzero()
+        if len(pairs):
+            found.append(f"{len(pairs)} pair(s) of {kind} inputs, the first in rows {pairs[0].tolist()}")
+    return "; there are " + " and ".join(found) if found else ""

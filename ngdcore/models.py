@@ -1,17 +1,20 @@
-"""Networks whose layers carry their parameterisation: `MLP`, `TwoLayerReLU`, `DeepLinear`.
+r"""Networks whose layers carry their parameterisation, and the signals that sweep through them.
 
-All three are ordinary `torch.nn.Sequential` modules made of `Linear` and elementwise activations, which is
-all that `ngdcore.kernels.signals` asks of a network.
+`MLP`, `TwoLayerReLU` and `DeepLinear` are ordinary `torch.nn.Sequential` modules made of `Linear` and elementwise
+activations, which is all that `signals` asks of a network: for a batch of N inputs and C outputs it gives every trained
+layer's inputs :math:`H_l` (N x M_in) and the gradients of the outputs at its pre-activations, :math:`D_l`
+(NC x M_out, sample-major). Neither the Jacobian nor anything else of its size is formed.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "TwoLayerReLU", "DeepLinear", "Linear", "Erf", "ACTIVATIONS"]
+__all__ = ["MLP", "TwoLayerReLU", "DeepLinear", "Linear", "Erf", "ACTIVATIONS", "Signals", "signals"]
 
 
 class Erf(nn.Module):
@@ -29,6 +32,10 @@ class Erf(nn.Module):
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "erf": Erf, "identity": nn.Identity}
+ELEMENTWISE = (
+    nn.ReLU, nn.Tanh, nn.Identity, Erf, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU,
+    nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Mish, nn.Hardswish,
+)  # fmt: skip
 
 
 class Linear(nn.Linear):
@@ -173,7 +180,7 @@ class TwoLayerReLU(nn.Sequential):
     Notes
     -----
     Zhang, Martens & Grosse (2019), eq. 8. The output weights are stored as :math:`a_r` behind a scale
-    :math:`1/\sqrt m`, with ``requires_grad=False``: `ngdcore.kernels.signals` skips frozen layers.
+    :math:`1/\sqrt m`, with ``requires_grad=False``: `signals` skips frozen layers.
 
     Examples
     --------
@@ -280,3 +287,274 @@ def _normal(shape, generator) -> Tensor:
 def _fill(parameter: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+@dataclass(frozen=True)
+class Signals:
+    r"""What one forward and one backward sweep leave at every trained layer; made by `signals`.
+
+    Attributes
+    ----------
+    outputs : Tensor, (N, C)
+        The network's outputs.
+    H : list of Tensor, (N, M_in) each
+        Inputs of each trained layer, with the parameterisation's factor; a trained bias is one more column.
+    D : list of Tensor, (NC, M_out) each
+        Gradient of every output at each trained layer's pre-activations, rows sample-major.
+    net : nn.Module
+        The network the signals were taken from.
+
+    Notes
+    -----
+    Row :math:`(n, c)` of layer l's Jacobian is :math:`D_l[nc] \otimes H_l[n]`. `jvp` and `vjp` use it without ever
+    forming it.
+    """
+
+    net: nn.Module
+    outputs: Tensor
+    H: list[Tensor]
+    D: list[Tensor]
+    layers: list[nn.Linear] = field(repr=False)
+    versions: tuple[int, ...] = field(repr=False)
+
+    @property
+    def n(self) -> int:
+        """Number of samples N."""
+        return self.outputs.shape[0]
+
+    @property
+    def c(self) -> int:
+        """Number of outputs C."""
+        return self.outputs.shape[1]
+
+    def vjp(self, v: Tensor | list[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
+        r"""The pull-back :math:`\sum_l J_l^\top v_l`, one tensor a trained parameter: one matrix product a layer.
+
+        Parameters
+        ----------
+        v : Tensor of shape (N, C) or (NC,), or one such tensor a trained layer
+            Output-space weights; a single tensor serves every layer (then this is :math:`J^\top v`).
+        out : list of Tensor, optional
+            Buffers to write to, shaped like the result.
+
+        Returns
+        -------
+        list of Tensor
+            In the order of the network's trained parameters.
+
+        Raises
+        ------
+        ValueError
+            If a weight vector does not have NC entries.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> net = ngd.models.MLP([3, 4, 1], seed=0)
+        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
+        >>> [g.shape for g in sig.vjp(torch.ones(3, 1, dtype=torch.float64))]
+        [torch.Size([4, 3]), torch.Size([1, 4])]
+        """
+        weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
+        if len(weights) != len(self.H) or any(w.numel() != self.n * self.c for w in weights):
+            raise ValueError(f"v must hold N*C = {self.n * self.c} entries, one tensor or one a layer ({len(self.H)})")
+        pulled = [
+            torch.einsum("ncm,nc->nm", D.view(self.n, self.c, -1), w.reshape(self.n, self.c))
+            for D, w in zip(self.D, weights)
+        ]
+        return self.pack(list(zip(pulled, self.H)), out)
+
+    def pack(self, layers: list, out: list[Tensor] | None = None) -> list[Tensor]:
+        r"""One tensor a trained parameter from one matrix a trained layer, with its biases as the last column.
+
+        Parameters
+        ----------
+        layers : list
+            For each trained layer a matrix (M_out, M_in), or a pair :math:`(E, H)` that stands for
+            :math:`E^\top H`: (N, M_out) and (N, M_in). The product is written straight into place.
+        out : list of Tensor, optional
+            Buffers to write to, shaped like the result.
+        """
+        result, slots = [], iter(out or [])
+        for layer, given in zip(self.layers, layers):
+            left, right = given if isinstance(given, tuple) else (None, given)
+            for param, columns in _trained(layer, right):
+                slot = next(slots, None)
+                target = torch.empty_like(param) if slot is None else slot
+                place = target.view(-1, columns.shape[1])
+                place.copy_(columns) if left is None else torch.mm(left.T, columns, out=place)
+                result.append(target)
+        return result
+
+    def jvp(self, direction: list[Tensor]) -> Tensor:
+        r"""The push-forward :math:`J\,d`: first-order change of the outputs, shape (N, C).
+
+        Parameters
+        ----------
+        direction : list of Tensor
+            One tensor a trained parameter, as `vjp` and ``Fisher.direction`` return.
+
+        Raises
+        ------
+        ValueError
+            If the shapes are not those of the trained parameters.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> net = ngd.models.MLP([3, 4, 2], seed=0)
+        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
+        >>> d = sig.vjp(torch.ones(3, 2, dtype=torch.float64))
+        >>> K = ngd.kernels.empirical(sig).gram()
+        >>> torch.allclose(sig.jvp(d).flatten(), K.sum(1))
+        True
+        """
+        params = [p for layer, H in zip(self.layers, self.H) for p, _ in _trained(layer, H)]
+        if [tuple(d.shape) for d in direction] != [tuple(p.shape) for p in params]:
+            raise ValueError(f"direction must have the trained parameters' shapes {[tuple(p.shape) for p in params]}")
+        total, parts = torch.zeros_like(self.outputs), iter(direction)
+        for layer, H, D in zip(self.layers, self.H, self.D):
+            change = sum(columns @ next(parts).reshape(-1, columns.shape[1]).T for _, columns in _trained(layer, H))
+            total += torch.einsum("ncm,nm->nc", D.view(self.n, self.c, -1), change)
+        return total
+
+    def at(self, x: Tensor) -> "Signals":
+        """Signals of the same network at other inputs; raises if its weights have moved since these were taken."""
+        if self.versions != _versions(self.net):
+            raise ValueError("the network's weights changed since these signals were taken; call signals(net, x) again")
+        return signals(self.net, x)
+
+
+def signals(net: nn.Module, x: Tensor) -> Signals:
+    r"""One forward and one backward sweep: the inputs and output-gradients of every trained layer.
+
+    Parameters
+    ----------
+    net : nn.Sequential
+        Any (nested) ``Sequential`` of ``nn.Linear`` (or `ngdcore.models.Linear`) and elementwise activations. Layers
+        whose parameters do not require gradients are passed through, not trained.
+    x : Tensor, (N, d)
+        Inputs, in the network's dtype and on its device.
+
+    Returns
+    -------
+    Signals
+        N·(sum of M_in + C · sum of M_out) numbers; nothing of size N x P.
+
+    Raises
+    ------
+    TypeError
+        For a module that is neither linear nor elementwise.
+    ValueError
+        For inputs of a wrong shape, dtype or device, inputs that are not finite, or a net that trains nothing.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> sig.outputs.shape, [h.shape[1] for h in sig.H], [d.shape[0] for d in sig.D]
+    (torch.Size([3, 2]), [3, 4], [6, 6])
+    """
+    modules = _flatten(net)
+    linear = [m for m in modules if isinstance(m, nn.Linear)]
+    trained = [m for m in linear if any(p.requires_grad for p in m.parameters())]
+    if not trained:
+        raise ValueError("net trains nothing: no nn.Linear in it has a parameter with requires_grad=True")
+    check_matrix("x", x, linear[0].in_features, linear[0].weight)
+    with torch.no_grad():
+        outputs, inputs, slopes = _forward(modules, x)
+        D = _backward(modules, trained[0], slopes, outputs)
+        H = [_columns(m, inputs[m]) for m in trained]
+    return Signals(net, outputs, H, [D[m] for m in trained], trained, _versions(net))
+
+
+def _forward(modules, x):
+    """Outputs, every linear layer's input, every activation's slope."""
+    h, inputs, slopes = x, {}, {}
+    for position, m in enumerate(modules):
+        if isinstance(m, nn.Linear):
+            inputs[m] = h
+            h = m(h)
+        else:
+            with torch.enable_grad():
+                u = h.detach().requires_grad_()
+                h = m(u)
+                (slopes[position],) = torch.autograd.grad(h.sum(), u)
+            h = h.detach()
+    return h, inputs, slopes
+
+
+def _backward(modules, first, slopes, outputs):
+    """Gradients of all C outputs at each linear layer's pre-activations, down to the first trained one."""
+    n, c = outputs.shape
+    grad, D = torch.eye(c, dtype=outputs.dtype, device=outputs.device).expand(n, c, c), {}
+    for position in reversed(range(len(modules))):
+        m = modules[position]
+        if not isinstance(m, nn.Linear):
+            grad = grad * slopes[position][:, None, :]
+            continue
+        D[m] = grad.reshape(n * c, -1)
+        if m is first:
+            break
+        scale = getattr(m, "weight_scale", 1.0)
+        grad = (D[m] @ (m.weight if scale == 1.0 else scale * m.weight)).view(n, c, -1)
+    return D
+
+
+def _columns(layer, h):
+    """Inputs of a trained layer: scaled activations for a trained weight, one column for a trained bias."""
+    scale, parts = getattr(layer, "weight_scale", 1.0), []
+    if layer.weight.requires_grad:
+        parts.append(h if scale == 1.0 else scale * h)
+    if layer.bias is not None and layer.bias.requires_grad:
+        parts.append(h.new_full((h.shape[0], 1), getattr(layer, "bias_scale", 1.0)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _trained(layer, H):
+    """Pairs (trained parameter, its columns of H)."""
+    split = layer.in_features if layer.weight.requires_grad else 0
+    if split:
+        yield layer.weight, H[:, :split]
+    if H.shape[1] > split:
+        yield layer.bias, H[:, split:]
+
+
+def _flatten(net) -> list[nn.Module]:
+    if not isinstance(net, nn.Sequential):
+        raise TypeError(
+            f"net must be an nn.Sequential of nn.Linear and elementwise activations, not {type(net).__name__}"
+        )
+    modules = []
+    for m in net:
+        if isinstance(m, nn.Sequential):
+            modules += _flatten(m)
+        elif isinstance(m, (nn.Linear, *ELEMENTWISE)):
+            modules.append(m)
+        else:
+            raise TypeError(f"net holds {type(m).__name__}; signals know nn.Linear and elementwise activations only")
+    linear = [m for m in modules if isinstance(m, nn.Linear)]
+    if len(set(map(id, linear))) < len(linear):
+        raise TypeError(
+            "net uses the same nn.Linear twice; its two Jacobians would have to be added, which is not done here"
+        )
+    return modules
+
+
+def _versions(net) -> tuple[int, ...]:
+    return tuple(p._version for p in net.parameters())
+
+
+def check_matrix(name, x, columns, like) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[0] < 1 or (columns is not None and x.shape[1] != columns):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor of shape (N, {columns or 'd'}), not {shape}")
+    if like is not None and (x.dtype != like.dtype or x.device != like.device):
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on {like.device}; use {name}.to(...)"
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity; remove those rows first")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .fisher import Fisher
-from .kernels import empirical, signals
+from .kernels import empirical
+from .models import signals
 
 __all__ = ["NaturalGradient", "Step", "run", "half_mse"]
 
@@ -62,7 +63,7 @@ class NaturalGradient(torch.optim.Optimizer):
     Parameters
     ----------
     net : nn.Module
-        Anything `ngdcore.kernels.signals` accepts; its trained parameters are updated in place.
+        Anything `ngdcore.models.signals` accepts; its trained parameters are updated in place.
     fisher : Fisher
         The metric, for example ``ngd.fisher.Exact()``.
     lr : float or "optimal"
