@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: book test sync clean
 
 book: $(STAMP)
+	$(BIN)/python book/_ext/chapters.py
 	$(BIN)/jupyter-book build .
 	@echo "Read it: open _build/html/index.html"
 

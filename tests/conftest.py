@@ -1,19 +1,18 @@
 """What a whole test run does once: build the wheel, run every chapter from it, build the book from those runs."""
 import os
-import resource
 import shutil
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import chapters
 import nbformat
 import pytest
+import yaml
 from companion import cache_path
 from hypothesis import settings
 from jupyter_cache import get_cache
-from jupyter_cache.base import CacheBundleIn
-from nbclient import NotebookClient
 
 # The same cases every time, however busy the machine.
 settings.register_profile("ngd", deadline=None, derandomize=True, max_examples=60)
@@ -57,40 +56,71 @@ def cache():
     return get_cache(path)
 
 
-def children():
-    """CPU seconds of all processes that this one has started and seen end."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def needed(items):
+    """The chapters that the chosen tests will ask for, in order."""
+    asked = [item for item in items if "run_chapter" in item.fixturenames]
+    named = [getattr(item, "callspec", None) and item.callspec.params.get("stem") for item in asked]
+    return [stem for stem in CHAPTERS if None in named or stem in named]
+
+
+def from_wheel(stem, env):
+    nb = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+    run = chapters.execute(nb, env)
+    nb.cells = [cell for cell in nb.cells if "install" not in cell.metadata.get("tags", [])]
+    print(f"\n{stem}: {run.seconds:.1f} s, {run.cpu:.1f} s CPU")
+    return run
 
 
 @pytest.fixture(scope="session")
-def run_chapter(wheel, cache, tmp_path_factory):
+def pool():
+    """Kernels run in here, a few at a time. They have one thread each: more would only get in each other's way."""
+    with ThreadPoolExecutor(chapters.WORKERS) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def run_chapter(request, pool, wheel, cache):
     """chapter -> (executed notebook, CPU seconds). Each runs once, as on Colab: its .ipynb, the wheel, an empty folder.
 
-    CPU seconds of the kernel are no less than what a reader with two idle cores waits; a busy machine adds none.
+    CPU seconds of the kernel are no less than what a reader with an idle core waits; a busy machine adds none.
     """
-    done = {}
+    env = environment(PYTHONPATH=str(wheel), NGD_BOOK="1")      # the book's figures
+    runs = {stem: pool.submit(from_wheel, stem, env) for stem in needed(request.session.items)}
+    kept = set()
 
     def run(stem):
-        if stem not in done:
-            nb = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
-            nb.cells.append(nbformat.v4.new_code_cell("import ngdcore; print(ngdcore.__file__)"))
-            # The cache's key is code cells with their metadata, and the kernel's name: keep all as they are written.
-            kernelspec = nb.metadata.kernelspec
-            folder, start, before = tmp_path_factory.mktemp(stem), time.perf_counter(), children()
-            client = NotebookClient(nb, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}})
-            client.execute(env=environment(PYTHONPATH=str(wheel), NGD_BOOK="1"))     # the book's figures
-            seconds, cpu = time.perf_counter() - start, children() - before
-            assert str(wheel) in nb.cells.pop().outputs[0]["text"], "not the wheel's copy"
-            nb.metadata.kernelspec = kernelspec
-            nb.cells = [cell for cell in nb.cells if "install" not in cell.metadata.get("tags", [])]
-            cache.cache_notebook_bundle(CacheBundleIn(nb, str(ROOT / "notebooks" / f"{stem}.md"),
-                                                      data={"execution_seconds": seconds}),
-                                        check_validity=False, overwrite=True)
-            print(f"\n{stem}: {seconds:.1f} s, {cpu:.1f} s CPU")
-            done[stem] = nb, cpu
-        return done[stem]
+        done = runs[stem].result()
+        assert str(wheel) in done.package, "not the wheel's copy"
+        if stem not in kept:
+            chapters.keep(cache, done.nb, ROOT / "notebooks" / f"{stem}.md", done.seconds)
+            kept.add(stem)
+        return done.nb, done.cpu
     return run
+
+
+@pytest.fixture(scope="session")
+def run_broken(request, pool, run_chapter):
+    """chapter -> executed notebook with all its breaks applied."""
+    asked = [item.callspec.params["stem"] for item in request.session.items if "run_broken" in item.fixturenames]
+    runs = {stem: pool.submit(broken, stem) for stem in asked}
+    return lambda stem: runs[stem].result()
+
+
+def broken(stem):
+    nb = chapters.read(ROOT / "notebooks" / f"{stem}.md")
+    cells = [cell for cell in nb.cells if cell.cell_type == "code"]
+    for item in breaks(stem):
+        homes = [cell for cell in cells if item["find"] in cell.source]
+        assert len(homes) == 1 and homes[0].source.count(item["find"]) == 1, (
+            f"{item['row']}: {item['find']!r} is not unique"
+        )
+        homes[0].source = homes[0].source.replace(item["find"], item["replace"])
+    return chapters.execute(nb, environment(PYTHONPATH=str(ROOT)), allow_errors=True).nb
+
+
+def breaks(stem):
+    return yaml.safe_load((ROOT / "tests" / "breaks" / f"{stem}.yml").read_text())
 
 
 @pytest.fixture(scope="session")

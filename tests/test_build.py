@@ -1,10 +1,12 @@
 """When the book runs chapters again, and that a failing one fails it; on a small book of one chapter."""
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
-from conftest import ROOT, jupyter_book
+from conftest import ROOT, environment, jupyter_book
 
 CHAPTER = """---
 file_format: mystnb
@@ -87,3 +89,27 @@ def test_what_runs_again_and_what_the_ledger_keeps(small):
     assert build(), "a change in the package"
     assert build(NGD_SCALE="paper") and row(small)["rows"][0]["scale"] == "paper", "another scale"
     assert not build(), "back to the first"
+
+
+def test_chapters_run_beforehand_are_found_by_the_build(small):
+    """What `make book` does first: runs what has no run yet, shows what failed, and keeps the rest."""
+    (small / "notebooks").mkdir()
+    (small / "_toc.yml").write_text("format: jb-book\nroot: results\nchapters:\n"
+                                    "- file: notebooks/good\n- file: notebooks/bad\n")
+    good, bad = CHAPTER.format(measured="1.0"), CHAPTER.format(measured="1 / 0")
+    (small / "notebooks/good.md").write_text(good)
+    (small / "notebooks/bad.md").write_text(bad)
+
+    def beforehand():
+        command = [sys.executable, str(small / "book/_ext/chapters.py")]
+        done = subprocess.run(command, env=environment(), text=True, capture_output=True)
+        return done.returncode, done.stdout + done.stderr
+
+    status, log = beforehand()
+    assert status != 0 and "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
+    (small / "notebooks/bad.md").write_text(good + "\n```{code-cell} python3\n1 + 1\n```\n")
+    status, log = beforehand()
+    assert status == 0 and "1 of 2 chapters to run" in log and "good" not in log
+    assert "0 of 2 chapters to run" in beforehand()[1]
+    status, log = jupyter_book(small)
+    assert status == 0 and log.count("Using cached notebook") == 2 and "Executing notebook" not in log

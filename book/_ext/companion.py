@@ -22,6 +22,7 @@ from sphinx.util.docutils import SphinxDirective
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "jupyter-book")
 KEPT_CACHES = 4
+THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}   # a kernel's; chapters run several at a time
 PAPERS = {"zhang2019": "Zhang, Martens, Grosse (2019)", "karakida2020": "Karakida, Osawa (2020)",
           "bernacchia2018": "Bernacchia, Lengyel, Hennequin (2018)"}
 VERDICTS = ("reproduced", "corrected", "derived", "noted", "not reproduced", "open")
@@ -35,11 +36,12 @@ def scale():
     return os.environ.get("NGD_SCALE", "quick")
 
 
-def fingerprint(root):
+def fingerprint(root, data=None):
     """Sixteen hex digits that change with whatever, outside its own cells, a chapter's results depend on."""
     root = Path(root)
     files = [p for folder in ("ngdcore", "data") for p in sorted((root / folder).rglob("*")) if p.is_file()]
-    digest = hashlib.sha256(f"{scale()} {sys.version_info[:2]} {[version(p) for p in PACKAGES]}".encode())
+    more = sorted(p.name for p in Path(data).iterdir()) if data and Path(data).is_dir() else []
+    digest = hashlib.sha256(f"{scale()} {sys.version_info[:2]} {[version(p) for p in PACKAGES]} {more}".encode())
     for path in files:
         name = path.relative_to(root).as_posix()
         if "__pycache__" not in name and not name.startswith("data/recorded/"):
@@ -47,8 +49,9 @@ def fingerprint(root):
     return digest.hexdigest()[:16]
 
 
-def cache_path(root):
-    return Path(root) / "_build" / ".jupyter_cache" / fingerprint(root)
+def cache_path(root, data=None):
+    """Where the runs of a checkout are kept, given the folder of further data sets that chapters see."""
+    return Path(root) / "_build" / ".jupyter_cache" / fingerprint(root, data)
 
 
 def prune(caches):
@@ -60,9 +63,9 @@ def prune(caches):
 
 def configure(app, config):
     # Kernels inherit the environment: they import this checkout, whichever copy may be installed.
-    os.environ.update(NGD_BOOK="1", PYTHONPATH=str(app.srcdir))
+    os.environ.update(NGD_BOOK="1", PYTHONPATH=str(app.srcdir), **THREADS)
     sys.path.insert(0, str(app.srcdir))
-    cache = cache_path(app.srcdir)
+    cache = cache_path(app.srcdir, os.environ.get("NGD_DATA_DIR"))
     cache.mkdir(parents=True, exist_ok=True)
     os.utime(cache)
     prune(cache.parent)
