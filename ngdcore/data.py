@@ -4,16 +4,19 @@ import gzip
 import hashlib
 import math
 import os
+import re
 import struct
+import tarfile
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.image import imread
 from torch import Tensor
 
-__all__ = ["mnist", "fashion_mnist", "sphere", "gaussian", "forster", "DataSet", "DataError"]
+__all__ = ["mnist", "fashion_mnist", "cifar10", "sphere", "gaussian", "forster", "DataSet", "DataError"]
 
 
 class DataError(RuntimeError):
@@ -44,7 +47,8 @@ class DataSet:
     source: str
 
 
-_SHA256 = {  # of the uncompressed bytes
+_CIFAR = "cifar-10-binary.tar.gz"
+_SHA256 = {  # of the uncompressed bytes; of images and labels one after the other; of an archive as it is
     "mnist/train-first10240-images-idx3-ubyte": "0bddcb4db9473979ba722ea7679e2935e7decc129a6be9181eaf0c0fe5babbb7",
     "mnist/train-first10240-labels-idx1-ubyte": "4673cc729421426f5d7da3f845f324bf4547c8100ea8b14576ff78449fe223ca",
     "mnist/t10k-first5000-images-idx3-ubyte": "118ae22e5d4e94bb7f7335211629ca4da103e2b74481bd772edf32b2aff5970f",
@@ -55,6 +59,9 @@ _SHA256 = {  # of the uncompressed bytes
     "mnist/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     "fashion-mnist/t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "fashion-mnist/t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "cifar10/train5000": "002a1dd991bc6394a8ee4eeafc261090244ac2d20a5a7e07459fa373c619531c",
+    "cifar10/test2000": "06baf16b384385cd0f50366c98204489db54dd3a0cd51a5611155f675b2a8eb4",
+    _CIFAR: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
 }
 # data set, split: where rows come from, smallest source first (how to call it, file, rows of the file)
 _SOURCES = {
@@ -68,12 +75,21 @@ _SOURCES = {
     ],
     ("fashion-mnist", "train"): [("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(0, 8000))],
     ("fashion-mnist", "test"): [("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(8000, None))],
+    ("cifar10", "train"): [
+        ("CIFAR-10, first 500 of each class", "cifar10/train5000", slice(None)),
+        ("CIFAR-10, all rows", "cifar10/train", slice(None)),
+    ],
+    ("cifar10", "test"): [
+        ("CIFAR-10, first 200 of each class", "cifar10/test2000", slice(None)),
+        ("CIFAR-10, all rows", "cifar10/test", slice(None)),
+    ],
 }
 _SHIPPED = [name for name in _SHA256 if "first" in name or name.startswith("fashion")]
 _MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/",
     "https://storage.googleapis.com/cvdf-datasets/",
 )
+_CIFAR_HOME = ("https://www.cs.toronto.edu/~kriz/",)
 
 
 def mnist(
@@ -162,14 +178,53 @@ def fashion_mnist(
     return _images("fashion-mnist", classes, n_train, n_test, norm, standardize, seed, dtype, device)
 
 
-def _images(data_set, classes, n_train, n_test, norm, standardize, seed, dtype, device) -> DataSet:
+def cifar10(
+    classes: tuple[int, ...] = tuple(range(10)),
+    n_train: int = 500,
+    n_test: int = 1000,
+    norm: str | None = "unit",
+    standardize: bool = False,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    download: bool = True,
+) -> DataSet:
+    r"""CIFAR-10 images of the given classes, as rows of length 3072; arguments and errors as for `mnist`.
+
+    ``row.reshape(32, 32, 3)`` is the image, its colours in the last axis.
+
+    Parameters
+    ----------
+    download : bool
+        Whether to fetch the archive (170 MB) where nothing is at hand; otherwise that is a `DataError`.
+
+    Notes
+    -----
+    Does not ship. Looked for in the folder that ``NGD_DATA_DIR`` names, then in the cache: the strips
+    ``cifar10/train5000.png`` and ``cifar10/test2000.png`` (images below one another) with their
+    ``cifar10/*_labels.npz``, which hold the first 500 training and 200 test images of each class in the order of the
+    original; then the authors' binary archive, ``cifar-10-binary.tar.gz``, which may be downloaded. A request that
+    these first images can fill is filled from them, whichever file they are in, so that it means the same rows
+    everywhere; larger ones take the whole archive. Both are checked by SHA-256. Classes 0 to 9: airplane, automobile,
+    bird, cat, deer, dog, frog, horse, ship, truck. Krizhevsky (2009), *Learning multiple layers of features from tiny
+    images*.
+
+    Examples
+    --------
+    >>> import ngdcore as ngd
+    >>> d = ngd.data.cifar10(n_train=1000, n_test=2000, norm="sqrt_d")  # doctest: +SKIP
+    """
+    return _images("cifar10", classes, n_train, n_test, norm, standardize, seed, dtype, device, download)
+
+
+def _images(data_set, classes, n_train, n_test, norm, standardize, seed, dtype, device, download=True) -> DataSet:
     classes = tuple(classes)
     if len(classes) < 2 or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
         raise ValueError(f"classes={classes} must be two or more different classes from 0 to 9")
     if norm not in ("unit", "sqrt_d", None):
         raise ValueError(f"norm={norm!r} is unknown; use 'unit', 'sqrt_d' or None")
     splits = (("train", n_train), ("test", n_test))
-    pixels, labels, used = zip(*(_rows(data_set, split, classes, n, seed) for split, n in splits))
+    pixels, labels, used = zip(*(_rows(data_set, split, classes, n, seed, download) for split, n in splits))
     x, x_test = (torch.from_numpy(p.reshape(len(p), -1)).to(torch.float64) / 255 for p in pixels)
     if standardize:
         mean, sd = x.mean(), x.std(correction=0)
@@ -180,12 +235,13 @@ def _images(data_set, classes, n_train, n_test, norm, standardize, seed, dtype, 
     return DataSet(x, y, x_test, y_test, *labels, " and ".join(sorted(set(used))))
 
 
-def _rows(data_set, split, classes, n, seed):
+def _rows(data_set, split, classes, n, seed, download):
     """Images and labels of n rows with these classes, from the smallest source that holds them."""
     if n < 1:
         raise ValueError(f"n_train and n_test must be at least 1, not {n}")
     for used, file, rows in _SOURCES[data_set, split]:
-        labels = _load(f"{file}-labels-idx1-ubyte")[rows]
+        images, labels = _cifar(file, download) if data_set == "cifar10" else _idx(file)
+        labels = labels[rows]
         hits = np.flatnonzero(np.isin(labels, classes))
         if len(hits) >= n:
             break
@@ -194,35 +250,81 @@ def _rows(data_set, split, classes, n, seed):
     if seed is not None:
         order = torch.randperm(len(hits), generator=torch.Generator().manual_seed(seed))
         hits = hits[np.sort(order[:n].numpy())]
-    return _load(f"{file}-images-idx3-ubyte")[rows][hits[:n]], labels[hits[:n]], used
+    return images()[rows][hits[:n]], labels[hits[:n]], used
+
+
+def _idx(file):
+    """How to read the images of a pair of IDX files, and the labels."""
+    return (lambda: _load(f"{file}-images-idx3-ubyte")), _load(f"{file}-labels-idx1-ubyte")
+
+
+def _cifar(file, download):
+    """The same of CIFAR-10: from a strip and its labels where they lie, else from the archive."""
+    strip = next((home / file for home in _homes() if (home / f"{file}.png").is_file()), None)
+    archive = next((home / _CIFAR for home in _homes() if (home / _CIFAR).is_file()), None)
+    if strip:
+        images, labels = _read_strip(strip)
+    elif archive or download:
+        images, labels = _read_archive(archive or _download(_CIFAR, _CIFAR_HOME, _read_archive), file)
+    else:
+        raise DataError(f"neither {file}.png nor {_CIFAR} is at hand; put one into a folder that NGD_DATA_DIR names")
+    if file in _SHA256:
+        rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[: int(file[-4:]) // 10] for c in range(10)]))
+        images, labels = images[rows], labels[rows]
+        _check(strip or archive or _CIFAR, images.tobytes() + labels.tobytes(), file)
+    return (lambda: images), labels
+
+
+def _read_strip(path):
+    try:
+        labels = np.load(f"{path}_labels.npz", allow_pickle=False)["y"]
+        return np.rint(255 * imread(f"{path}.png")[..., :3]).astype(np.uint8).reshape(len(labels), 32, 32, 3), labels
+    except Exception as error:  # of three libraries, in many ways
+        raise DataError(f"{path}.png or its _labels.npz is truncated or missing ({error}); fetch both again") from error
+
+
+def _read_archive(path, file="test"):
+    _check(path, path.read_bytes(), _CIFAR)
+    with tarfile.open(path) as tar:
+        names = sorted(n for n in tar.getnames() if re.search("test_batch" if "test" in file else r"data_batch_\d", n))
+        rows = np.frombuffer(b"".join(tar.extractfile(n).read() for n in names), np.uint8).reshape(-1, 3073)
+    return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
 
 
 def _load(name: str) -> np.ndarray:
     """One IDX file, from the first source that has it; an altered file is an error, never passed over."""
     for path in _places(name):
         if path.is_file():
-            return _read(path, _SHA256[name])
-    return _read(_download(name), _SHA256[name])
+            return _read(path, name)
+    if name in _SHIPPED:
+        raise DataError(f"{name}.gz ships with ngdcore but is missing from this installation; install ngdcore again")
+    return _read(_download(f"{name}.gz", _MIRRORS, lambda path: _read(path, name)), name)
 
 
 def _places(name):
     if name in _SHIPPED:
         homes = [resources.files("ngdcore") / "_data", Path(__file__).parent.parent / "data"]
     else:
-        folder = os.environ.get("NGD_DATA_DIR")
-        homes = [*([Path(folder)] if folder else []), _cache()]
+        homes = _homes()
     return [home / f"{name}.gz" for home in homes]
 
 
-def _read(path, sha256) -> np.ndarray:
+def _homes():
+    folder = os.environ.get("NGD_DATA_DIR")
+    return [*([Path(folder)] if folder else []), _cache()]
+
+
+def _check(path, raw, name) -> None:
+    if hashlib.sha256(raw).hexdigest() != _SHA256[name]:
+        raise DataError(f"{path} has been altered (SHA-256 of its bytes differs); delete it and fetch it again")
+
+
+def _read(path, name) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise DataError(f"{path} is truncated or no gzip file ({error}); delete it and fetch it again") from error
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise DataError(
-            f"{path} has been altered (SHA-256 of its uncompressed bytes differs); delete it and fetch it again"
-        )
+    _check(path, raw, name)
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
@@ -233,17 +335,16 @@ def _cache() -> Path:
     return Path(pooch.os_cache("ngdcore"))
 
 
-def _download(name) -> Path:
+def _download(file, mirrors, read) -> Path:
+    """Fetch a file into the cache; what `read` refuses is deleted again."""
     import pooch
 
-    if name in _SHIPPED:
-        raise DataError(f"{name}.gz ships with ngdcore but is missing from this installation; install ngdcore again")
     pooch.get_logger().setLevel("WARNING")
-    target, failures = _cache() / f"{name}.gz", []
-    for mirror in _MIRRORS:
+    target, failures = _cache() / file, []
+    for mirror in mirrors:
         try:
-            pooch.retrieve(f"{mirror}{name}.gz", known_hash=None, fname=target.name, path=target.parent)
-            _read(target, _SHA256[name])
+            pooch.retrieve(f"{mirror}{file}", known_hash=None, fname=target.name, path=target.parent)
+            read(target)
             return target
         except DataError as error:
             target.unlink()
@@ -251,7 +352,7 @@ def _download(name) -> Path:
         except Exception as error:  # whatever the network or the server does, the next mirror may have the file
             failures.append(f"{mirror}: {type(error).__name__}")
     raise DataError(
-        f"{name}.gz is needed and was found nowhere; put it into a folder that NGD_DATA_DIR names, or into {_cache()}."
+        f"{file} is needed and was found nowhere; put it into a folder that NGD_DATA_DIR names, or into {_cache()}."
         f" Mirrors tried: {'; '.join(failures)}"
     )
 

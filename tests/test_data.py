@@ -2,10 +2,13 @@
 
 import gzip
 import hashlib
+import io
 import os
 import socket
+import tarfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pooch
 import pytest
@@ -203,3 +206,132 @@ def test_forster_refuses():
         ngd.data.forster(line)
     with pytest.raises(RuntimeError, match="max_iter"):
         ngd.data.forster(ngd.data.gaussian(12, 10), max_iter=2)
+
+
+# ---------------------------------------------------------------------------------------------- CIFAR-10
+
+
+@pytest.fixture
+def little(monkeypatch, tmp_path):
+    """A CIFAR-10 of 60 and 30 made-up images in every form that is read, and the arrays themselves."""
+    rng, folder = np.random.default_rng(0), tmp_path / "given"
+    (folder / "cifar10").mkdir(parents=True)
+    whole, arrays = {}, {}
+    for split, n, file in (("train", 60, "train5000"), ("test", 30, "test2000")):
+        images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        labels = np.concatenate([np.arange(10), rng.integers(0, 10, n - 10)]).astype(np.uint8)
+        arrays[split] = images, labels
+        plt.imsave(folder / "cifar10" / f"{file}.png", images.reshape(-1, 32, 3))
+        np.savez_compressed(folder / "cifar10" / f"{file}_labels.npz", y=labels, index=np.arange(n))
+        monkeypatch.setitem(data._SHA256, f"cifar10/{file}", sha256(images.tobytes() + labels.tobytes()))
+        whole[split] = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(n, -1)], 1).tobytes()
+    batch, parts = len(whole["train"]) // 5, {"test_batch.bin": whole["test"], "readme.html": b"no data"}
+    parts |= {f"data_batch_{k}.bin": whole["train"][(k - 1) * batch : k * batch] for k in (3, 1, 2, 5, 4)}
+    with tarfile.open(folder / data._CIFAR, "w:gz") as tar:
+        for name, raw in parts.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry.size = len(raw)
+            tar.addfile(entry, io.BytesIO(raw))
+    monkeypatch.setitem(data._SHA256, data._CIFAR, sha256((folder / data._CIFAR).read_bytes()))
+    monkeypatch.setenv("NGD_DATA_DIR", str(folder))
+    return folder, arrays
+
+
+def sha256(raw):
+    return hashlib.sha256(raw).hexdigest()
+
+
+def few():
+    return ngd.data.cifar10(n_train=60, n_test=30, norm=None)
+
+
+def test_cifar_is_the_same_from_strips_and_from_the_archive(little):
+    folder, arrays = little
+    strips = few()
+    (folder / "cifar10").rename(folder / "elsewhere")
+    archive = few()
+    for d in (strips, archive):
+        for x, labels, (images, y) in zip((d.x, d.x_test), (d.labels, d.labels_test), arrays.values()):
+            assert torch.equal(x.reshape(images.shape), torch.from_numpy(images).double() / 255)
+            assert labels.tolist() == y.tolist()
+        assert d.source == "CIFAR-10, first 200 of each class and CIFAR-10, first 500 of each class"
+    with pytest.raises(ValueError, match="61 rows asked for, but the train rows hold 60"):
+        ngd.data.cifar10(n_train=61, n_test=30)
+
+
+def test_cifar_first_rows_of_each_class_come_from_the_archive_too(little, monkeypatch):
+    """Two of each class, here: a request that they fill must not depend on which file is at hand."""
+    monkeypatch.setitem(data._SOURCES, ("cifar10", "train"), [("some", "cifar10/head0020", slice(None))])
+    images, labels = little[1]["train"]
+    rows = sorted(i for c in range(10) for i in np.flatnonzero(labels == c)[:2])
+    monkeypatch.setitem(data._SHA256, "cifar10/head0020", sha256(images[rows].tobytes() + labels[rows].tobytes()))
+    d = ngd.data.cifar10(n_train=len(rows), n_test=5, norm=None)
+    assert torch.equal(d.x, torch.from_numpy(images[rows].reshape(len(rows), -1)).double() / 255)
+
+
+@pytest.mark.parametrize("name", ["train5000.png", "test2000.png", "train5000_labels.npz", "test2000_labels.npz"])
+def test_cifar_strip_truncated_missing_or_pickled(little, name):
+    path = little[0] / "cifar10" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ngd.data.DataError, match="truncated|altered"):
+        few()
+    if name.endswith("npz"):
+        np.savez(path, y=np.array([{"an": "object"}], dtype=object))
+        with pytest.raises(ngd.data.DataError, match="allow_pickle"):
+            few()
+        np.savez(path, y=np.zeros(60 if "train" in name else 30, dtype=np.uint8))
+        with pytest.raises(ngd.data.DataError, match="altered"):
+            few()
+        path.unlink()
+        with pytest.raises(ngd.data.DataError, match="missing"):
+            few()
+
+
+def test_cifar_archive_altered_is_an_error(little):
+    folder, _ = little
+    (folder / "cifar10").rename(folder / "elsewhere")
+    with open(folder / data._CIFAR, "ab") as file:
+        file.write(b"!")
+    with pytest.raises(ngd.data.DataError, match=f"{data._CIFAR} has been altered"):
+        few()
+
+
+def test_cifar_missing_everywhere_names_the_remedies(monkeypatch, tmp_path):
+    monkeypatch.setenv("NGD_DATA_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(ngd.data.DataError, match="NGD_DATA_DIR.*www.cs.toronto.edu"):
+        few()
+    with pytest.raises(ngd.data.DataError, match="at hand.*NGD_DATA_DIR"):
+        ngd.data.cifar10(download=False)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()], "a failed download leaves nothing behind"
+
+
+def test_cifar_download(little, monkeypatch, tmp_path):
+    good = (little[0] / data._CIFAR).read_bytes()
+    monkeypatch.delenv("NGD_DATA_DIR")
+    for answer in (b"an error page", good):
+
+        def retrieve(url, known_hash, fname, path, answer=answer):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / fname).write_bytes(answer)
+
+        monkeypatch.setattr(pooch, "retrieve", retrieve)
+        if answer is good:
+            assert few().x.shape == (60, 3072)
+        else:
+            with pytest.raises(ngd.data.DataError, match="altered"):
+                few()
+            assert not (tmp_path / "cache" / data._CIFAR).exists()
+    monkeypatch.delattr(pooch, "retrieve")
+    assert few().x.shape == (60, 3072), "the second time it comes from the cache"
+
+
+@pytest.mark.skipif(
+    not FULL.parents[1].joinpath("cifar10", "train5000.png").is_file(),
+    reason="CIFAR-10 is not here; set NGD_DATA_DIR to a folder with cifar10/*.png",
+)
+def test_cifar_real_rows():
+    d = ngd.data.cifar10(n_train=5000, n_test=2000, norm="sqrt_d", standardize=True)
+    assert d.labels[:6].tolist() == [6, 9, 9, 4, 1, 1] and d.labels_test[:6].tolist() == [3, 8, 8, 0, 6, 6]
+    assert d.labels.bincount().tolist() == [500] * 10 and d.labels_test.bincount().tolist() == [200] * 10
+    assert torch.allclose(d.x.norm(dim=1), torch.tensor(3072.0).double().sqrt())
