@@ -10,10 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .kernels import Factors, Info, RankDeficient, empirical, solve_indefinite, solve_spd
+from .kernels import Factors, Info, RankDeficient, empirical, solve_block_tridiagonal, solve_general, solve_spd
 from .models import Signals
 
-__all__ = ["Fisher", "Exact", "LayerWise", "BlockDiagonal", "KFAC", "Info", "RankDeficient"]
+__all__ = [
+    "Fisher", "Exact", "LayerWise", "BlockDiagonal", "BlockTridiagonal", "KFAC",
+    "Info", "RankDeficient",
+]  # fmt: skip
 
 
 class Fisher:
@@ -133,7 +136,10 @@ class Fisher:
         self, sig: Signals, g: Tensor, damping: float = 0.0, out: list[Tensor] | None = None
     ) -> tuple[list[Tensor], Info]:
         """`direction`, and the `Info` of its solve."""
-        weights, info = self._weights(empirical(sig), _check_residual(sig, g)[:, None], _check_damping(damping))
+        g = _check_residual(sig, g)
+        weights, info = self._weights(empirical(sig), g[:, None], _check_damping(damping))
+        if not isinstance(weights, Tensor):
+            weights = [torch.zeros_like(g) if w is None else w for w in weights]
         return sig.vjp(weights, out), info
 
     def best_alpha(self, factors: Factors) -> float:
@@ -199,26 +205,30 @@ class LayerWise(Fisher):
 
     With :math:`S = \mathrm{blockdiag}(J_1, \dots, J_L)`, :math:`F = \frac1N S^\top (\Sigma \otimes I) S`: block (l, l')
     of the exact Fisher times :math:`\Sigma_{ll'}`. On training rows, without damping,
-    :math:`Q = (\mathbf 1^\top \Sigma^{-1} \mathbf 1)\,I`, whatever the width.
+    :math:`Q = (\mathbf 1^\top \Sigma^+ \mathbf 1)\,I`, whatever the width, as soon as :math:`\mathbf 1` lies in the
+    range of :math:`\Sigma`.
 
     Parameters
     ----------
     sigma : Tensor or nested sequence, (L, L)
-        Symmetric and nonsingular, one row a trained layer. The matrix of ones, singular, is `Exact`.
+        Symmetric, one row a trained layer. It may be indefinite, or singular: the matrix of ones is `Exact`.
     rank, jitter :
         As for `Exact`, for every layer's Gram.
 
     Raises
     ------
     ValueError
-        If ``sigma`` is not symmetric, is singular, or does not match the number of trained layers.
+        If ``sigma`` is not symmetric or does not match the number of trained layers; in an undamped solve, if the
+        vector of ones is not in its range.
     RankDeficient
-        In a solve, when a layer's Gram matrix is singular, or damping sits on a pole of an indefinite ``sigma``.
+        In a solve, when a layer's Gram matrix is singular, or damping sits on a pole (see `poles`).
 
     Notes
     -----
     Karakida & Osawa (2020), Theorem 4.1, eqs. 15-16. Output weights solve
-    :math:`\sum_{l'} \Sigma_{ll'} K_{l'} v_{l'} + N\rho\,v_l = g`; without damping or coupling, one solve a layer.
+    :math:`\sum_{l'} \Sigma_{ll'} K_{l'} v_{l'} + N\rho\,v_l = g`. Undamped, with :math:`\Sigma x = \mathbf 1` and null
+    vectors :math:`\nu_k` of :math:`\Sigma`: :math:`v_l = K_l^{-1}(x_l g + \sum_k \nu_{kl} z_k)`, the :math:`z_k` making
+    the step as short as can be: the Moore-Penrose solution. Layers with :math:`x_l = \nu_{kl} = 0` do not move.
 
     Examples
     --------
@@ -235,8 +245,6 @@ class LayerWise(Fisher):
             raise ValueError(
                 f"sigma must be a symmetric L x L matrix, one row a trained layer, not of shape {tuple(sigma.shape)}"
             )
-        if torch.linalg.matrix_rank(sigma) < len(sigma):
-            raise ValueError("sigma is singular: no layer-wise step exists; use Exact() for the matrix of ones")
         self.sigma = sigma
         self.rank, self.jitter = _check_solver(rank, jitter)
 
@@ -246,38 +254,109 @@ class LayerWise(Fisher):
         return self.sigma
 
     def best_alpha(self, factors: Factors) -> float:
-        return float(torch.linalg.inv(self._sigma(factors.depth)).sum())
+        return float(_shares(self._sigma(factors.depth))[0].sum())
+
+    def poles(self, factors: Factors) -> Tensor:
+        r"""The dampings at which :math:`F + \rho I` is singular, ascending: none if :math:`\Sigma` is semi-definite.
+
+        They are the negative eigenvalues of F, found as those of :math:`-\frac1N C^\top (\Sigma \otimes I) C` with
+        :math:`C C^\top = \mathrm{blockdiag}(K_l)`; by Sylvester's law there are NC for every negative one of sigma.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), depth=3)
+        >>> ngd.fisher.BlockTridiagonal().poles(fac)
+        tensor([0.1550, 0.2489], dtype=torch.float64)
+        """
+        roots = []
+        for l in range(factors.depth):
+            values, vectors = torch.linalg.eigh(factors.layer(l))
+            roots.append(vectors * values.clamp_min(0).sqrt())
+        sigma, n = self._sigma(factors.depth).to(roots[0]), len(roots[0])
+        rows = [torch.cat([s * (root.T @ other) for s, other in zip(row, roots)], 1) for row, root in zip(sigma, roots)]
+        poles = -torch.linalg.eigvalsh(torch.cat(rows))[: n * int((torch.linalg.eigvalsh(sigma) < -1e-10).sum())]
+        return poles.flip(0) / factors.columns
 
     def _weights(self, factors, rhs, damping):
-        sigma = self._sigma(factors.depth)
-        inverse = torch.linalg.inv(sigma).contiguous().to(rhs)
-        if damping == 0 or torch.equal(sigma, sigma.diag().diag()):
-            return self._decoupled(factors, rhs, damping, inverse)
-        return self._coupled(factors, rhs, damping, inverse)
+        sigma = self._sigma(factors.depth).to(rhs)
+        if damping and torch.equal(sigma, sigma.diag().diag()):
+            return self._decoupled(factors, rhs, damping, 1 / sigma.diag(), 1 / sigma.diag())
+        if damping:
+            return self._coupled(factors, rhs, damping, sigma)
+        x, null = _shares(sigma)
+        if null.shape[1]:
+            return self._shortest(factors, rhs, x, null)
+        return self._decoupled(factors, rhs, 0.0, x, x)
 
-    def _decoupled(self, factors, rhs, damping, inverse):
+    def _decoupled(self, factors, rhs, damping, shares, shifts):
+        """One solve a layer that moves."""
         weights, infos = [], []
-        for l, share in enumerate(inverse.sum(1)):
-            K = factors.layer(l)
-            K.diagonal().add_(factors.columns * damping * inverse[l, l])
-            w, info = solve_spd(K, share * rhs, self.rank, self.jitter, factors, f"layer {l}'s ")
+        for l, (share, shift) in enumerate(zip(shares, shifts)):
+            w = None
+            if share:
+                K = factors.layer(l)
+                K.diagonal().add_(factors.columns * damping * shift)
+                w, info = solve_spd(K, share * rhs, self.rank, self.jitter, factors, f"layer {l}'s ")
+                infos.append(info)
             weights.append(w)
-            infos.append(info)
         return weights, Info(max(i.condition for i in infos), max(i.jitter for i in infos))
 
-    def _coupled(self, factors, rhs, damping, inverse):
-        # the symmetric form of the coupled system: (blockdiag(K_l) + N rho Sigma^-1 x I) v = Sigma^-1 1 x g
-        grams = [factors.layer(l) for l in range(factors.depth)]
-        M = torch.block_diag(*grams) + factors.columns * damping * torch.kron(inverse, torch.eye(len(rhs)).to(rhs))
-        b = torch.cat([share * rhs for share in inverse.sum(1)])
-        if torch.linalg.eigvalsh(self.sigma)[0] > 0:
+    def _shortest(self, factors, rhs, x, null):
+        """The Moore-Penrose weights of a singular sigma: the null vectors' part makes the step shortest."""
+        moving = [l for l in range(len(x)) if x[l] or null[l].any()]
+        eye, inverses, infos = torch.eye(len(rhs)).to(rhs), {}, []
+        for l in moving:
+            name = f"layer {l}'s "
+            inverses[l], info = solve_spd(factors.layer(l), eye, self.rank, self.jitter, factors, name)
+            infos.append(info)
+        M = sum(torch.kron(torch.outer(null[l], null[l]), inverses[l]) for l in moving)
+        b = -sum(torch.kron(null[l][:, None], inverses[l] @ (x[l] * rhs)) for l in moving)
+        z = solve_spd(M, b, self.rank, 0.0, factors, "the null vectors' ")[0].reshape(null.shape[1], *rhs.shape)
+        weights = [None] * len(x)
+        for l in moving:
+            weights[l] = inverses[l] @ (x[l] * rhs + torch.einsum("k,knr->nr", null[l], z))
+        return weights, Info(max(i.condition for i in infos), max(i.jitter for i in infos))
+
+    def _coupled(self, factors, rhs, damping, sigma):
+        """Damped and coupled: Cholesky of the symmetric form for a positive definite sigma, LU otherwise."""
+        grams, shift = [factors.layer(l) for l in range(factors.depth)], factors.columns * damping
+        eye = torch.eye(len(rhs)).to(rhs)
+        if torch.linalg.eigvalsh(sigma)[0] > 1e-10:  # (blockdiag(K_l) + N rho Sigma^-1 x I) v = Sigma^-1 1 x g
+            inverse = torch.linalg.inv(sigma).contiguous()
+            M = torch.block_diag(*grams) + shift * torch.kron(inverse, eye)
+            b = torch.cat([share * rhs for share in inverse.sum(1)])
             v, info = solve_spd(M, b, self.rank, self.jitter, factors, "the damped layer-wise ")
-        else:
-            v, info = solve_indefinite(M, b, damping)
-        return list(v.split(len(rhs))), info
+            return list(v.split(len(rhs))), info
+        M = torch.cat([torch.cat([s * K for s, K in zip(row, grams)], 1) for row in sigma])
+        M.diagonal().add_(shift)
+        return self._away_from_poles(factors, damping, *solve_general(M, rhs.repeat(len(grams), 1)))
+
+    def _away_from_poles(self, factors, damping, v, condition):
+        eps = torch.finfo(v.dtype).eps  # condition is an estimate from above, up to len(v) times too large
+        if not condition < (len(v) / eps if eps > 1e-10 else 1 / (len(v) * eps)):
+            poles = self.poles(factors)
+            near = f"nearest at {float(poles[(poles - damping).abs().argmin()]):.6g}, " if len(poles) else ""
+            band = f"from {float(poles[0]):.3g} to {float(poles[-1]):.3g}" if len(poles) else "none but 0"
+            raise RankDeficient(
+                f"damping={damping:g} makes F + damping I singular to {v.dtype} (condition {condition:.1e}); its poles:"
+                f" {near}{band}. Move damping by a few percent or out of the poles' band, or take 0, solved apart."
+            )
+        return list(v.split(len(v) // factors.depth)), Info(condition, 0.0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()" if type(self) is not LayerWise else f"LayerWise({self.sigma.tolist()})"
+
+
+def _shares(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """x with sigma x = 1, shortest, and an orthonormal basis of sigma's null space, one vector a column."""
+    values, vectors = torch.linalg.eigh(sigma)
+    small = values.abs() <= 1e-10 * values.abs().max()
+    kept, null = vectors[:, ~small], vectors[:, small]
+    x = kept @ (kept.sum(0) / values[~small])
+    if not torch.allclose(sigma @ x, torch.ones_like(x), atol=1e-6):
+        raise ValueError("sigma is singular and the vector of ones is not in its range: there is no undamped step")
+    return torch.where(x.abs() < 1e-10, 0.0, x), torch.where(null.abs() < 1e-10, 0.0, null)
 
 
 class BlockDiagonal(LayerWise):
@@ -313,6 +392,49 @@ class BlockDiagonal(LayerWise):
 
     def _sigma(self, layers: int) -> Tensor:
         return torch.eye(layers, dtype=torch.float64)
+
+
+class BlockTridiagonal(LayerWise):
+    r"""The exact Fisher's three central block diagonals: :math:`\Sigma = T_L`, :math:`\alpha = \lceil L/3 \rceil`.
+
+    :math:`T_L`, with ones on its three central diagonals, is indefinite for :math:`L \ge 3` and singular for
+    :math:`L = 3s + 2`, but :math:`T_L x = \mathbf 1` always has a solution. Without damping only layers with
+    :math:`x_l \ne 0` move: the middle one for L = 3, the first and last for L = 4, the pairs (1, 2), (4, 5), ... for
+    L = 3s + 2. With damping in the band of `poles` the step need not descend.
+
+    Parameters
+    ----------
+    rank, jitter :
+        As for `Exact`, for every layer's Gram.
+
+    Raises
+    ------
+    RankDeficient
+        In a solve, when the Gram of a layer that moves is singular, or damping sits on a pole, which is named.
+
+    Notes
+    -----
+    Karakida & Osawa (2020), eq. 19 and Lemma 4.3. Damped systems are solved blockwise, by an orthogonal elimination
+    that needs no pivots (leading blocks of :math:`T_L` are singular): of order :math:`L (NC)^3`.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=7)
+    >>> round(ngd.fisher.BlockTridiagonal().alpha(fac), 8)
+    3.0
+    """
+
+    def __init__(self, rank: str = "raise", jitter: float = 0.0):
+        self.rank, self.jitter = _check_solver(rank, jitter)
+
+    def _sigma(self, layers: int) -> Tensor:
+        return torch.ones(layers, layers, dtype=torch.float64).tril(1).triu(-1)
+
+    def _coupled(self, factors, rhs, damping, sigma):
+        grams, shift = [factors.layer(l) for l in range(factors.depth)], factors.columns * damping
+        v, condition = solve_block_tridiagonal(grams, shift, rhs)
+        return self._away_from_poles(factors, damping, v, condition)
 
 
 class KFAC(Fisher):

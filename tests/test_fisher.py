@@ -13,11 +13,14 @@ import ngdcore as ngd
 
 SIGMA = torch.tensor([[1.0, 0.4, 0.0], [0.4, 1.0, -0.3], [0.0, -0.3, 1.0]], dtype=torch.float64)
 INDEFINITE = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+PAIR = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 FISHERS = {
     "exact": (ngd.fisher.Exact(), torch.ones(3, 3)),
     "layer-wise": (ngd.fisher.LayerWise(SIGMA), SIGMA),
     "indefinite": (ngd.fisher.LayerWise(INDEFINITE), INDEFINITE),
     "block-diagonal": (ngd.fisher.BlockDiagonal(), torch.eye(3)),
+    "singular": (ngd.fisher.LayerWise(PAIR), PAIR),
+    "block-tridiagonal": (ngd.fisher.BlockTridiagonal(), INDEFINITE),
 }
 
 
@@ -165,10 +168,71 @@ def test_pole_of_an_indefinite_sigma_is_named():
     blocks = torch.block_diag(*(fac.layer(l) for l in range(3)))
     values = torch.linalg.eigvals(torch.kron(INDEFINITE, torch.eye(4, dtype=torch.float64)) @ blocks).real
     pole = float(-values[values < -1e-6][0]) / 4
-    F = ngd.fisher.LayerWise(INDEFINITE)
-    with pytest.raises(ngd.fisher.RankDeficient, match="pole"):
-        F.coefficient(fac, damping=pole)
-    assert torch.isfinite(F.coefficient(fac, damping=1.5 * pole)).all()
+    for F in (ngd.fisher.LayerWise(INDEFINITE), ngd.fisher.BlockTridiagonal()):
+        assert float((F.poles(fac) / pole - 1).abs().min()) < 1e-9
+        with pytest.raises(ngd.fisher.RankDeficient, match=f"nearest at {pole:.6g}"):
+            F.coefficient(fac, damping=pole)
+        assert torch.isfinite(F.coefficient(fac, damping=1.5 * pole)).all()
+
+
+def tridiagonal(depth):
+    return torch.ones(depth, depth, dtype=torch.float64).tril(1).triu(-1)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("depth", range(1, 13))
+def test_block_tridiagonal_at_every_depth(depth, c):
+    """alpha = ceil(L/3), undamped, singular depths L = 3s+2 included; damped systems against the dense one."""
+    n, F = 4, ngd.fisher.BlockTridiagonal()
+    net, x = ngd.models.MLP([12, *[24] * (depth - 1), c], "tanh", 1.5, 0.1, seed=2), ngd.data.gaussian(n, 12, seed=1)
+    sig = ngd.signals(net, x)
+    fac, g = ngd.kernels.empirical(sig), torch.randn(n * c, generator=torch.Generator().manual_seed(3)).double()
+    alpha = -(-depth // 3)
+    assert float((F.coefficient(fac) - alpha * torch.eye(n * c)).abs().max()) < 1e-10
+    assert F.best_alpha(fac) == pytest.approx(alpha, abs=1e-12)
+    moved = [float(d.abs().max()) > 0 for d in F.direction(sig, g)[::2]]  # weights; biases lie between
+    pattern = {0: [False, True, False], 1: [True, False, False], 2: [True, True, False]}[depth % 3]
+    assert moved == (pattern * depth)[:depth]
+    blocks, other = jacobian(net, x), ngd.data.gaussian(3, 12, seed=2)
+    S, J_other = torch.block_diag(*blocks), torch.cat(jacobian(net, other), 1)
+    T = torch.kron(tridiagonal(depth), torch.eye(n * c, dtype=torch.float64))
+    ones = torch.eye(n * c, dtype=torch.float64).repeat(depth, 1)
+    for damping in (1e-6, 0.3):
+        v = torch.linalg.solve(T @ (S @ S.T) + n * damping * torch.eye(len(T), dtype=T.dtype), ones)
+        assert relative(F.coefficient(fac, damping), torch.cat(blocks, 1) @ S.T @ v) < 1e-8
+        assert relative(F.coefficient(fac.cross(other), damping), J_other @ S.T @ v) < 1e-8
+    if depth < 6 and c == 1:
+        dense = torch.linalg.eigvalsh(layer_wise_fisher(blocks, tridiagonal(depth), n)).neg().flip(0)
+        expected = dense[dense > 1e-9]
+        assert relative(F.poles(fac), expected) < 1e-8 if len(expected) else len(F.poles(fac)) == 0
+
+
+def test_all_ones_is_the_exact_fisher_and_a_bad_singular_sigma_is_refused():
+    fac = ngd.kernels.analytic(ngd.data.sphere(5, 9), depth=3)
+    other = ngd.data.sphere(3, 9, seed=1)
+    ones, exact = ngd.fisher.LayerWise(torch.ones(3, 3)), ngd.fisher.Exact()
+    for damping in (0.0, 0.1):
+        assert (
+            relative(ones.coefficient(fac.cross(other), damping), exact.coefficient(fac.cross(other), damping)) < 1e-9
+        )
+    bad = ngd.fisher.LayerWise([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    with pytest.raises(ValueError, match="ones is not in its range"):
+        bad.coefficient(fac)
+    assert torch.isfinite(bad.coefficient(fac, 0.1)).all()
+
+
+def test_single_precision_is_refused_where_nothing_is_left_of_it():
+    """L = 3s+2 at a damping that float32 cannot see beside the Gram: refused; float64 solves it."""
+    x = ngd.data.sphere(20, 30)
+    for dtype in (torch.float32, torch.float64):
+        sig = ngd.signals(ngd.models.MLP([30, *[200] * 4, 1], dtype=dtype), x.to(dtype))
+        F = ngd.fisher.BlockTridiagonal()
+        F.direction(sig, sig.outputs, damping=1e-4)
+        if dtype is torch.float32:
+            with pytest.raises(ngd.fisher.RankDeficient, match="float32.*poles.*take 0"):
+                F.direction(sig, sig.outputs, damping=1e-12)
+        else:
+            F.direction(sig, sig.outputs, damping=1e-12)
 
 
 def near_duplicates(distance, dtype):
@@ -232,7 +296,6 @@ def test_constructors_and_solves_refuse():
         (lambda: ngd.fisher.BlockDiagonal(rank="x"), "rank"),
         (lambda: ngd.fisher.LayerWise([[1.0, 2.0]]), "symmetric"),
         (lambda: ngd.fisher.LayerWise([[1.0, 2.0], [0.0, 1.0]]), "symmetric"),
-        (lambda: ngd.fisher.LayerWise(torch.ones(3, 3)), "singular"),
     ):
         with pytest.raises(ValueError, match=says):
             make()
