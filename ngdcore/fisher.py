@@ -14,7 +14,7 @@ from .kernels import Factors, Info, RankDeficient, empirical, solve_block_tridia
 from .models import Signals
 
 __all__ = [
-    "Fisher", "Exact", "LayerWise", "BlockDiagonal", "BlockTridiagonal", "KFAC",
+    "Fisher", "Exact", "LayerWise", "BlockDiagonal", "BlockTridiagonal", "KFAC", "DeepLinearExact",
     "Info", "RankDeficient",
 ]  # fmt: skip
 
@@ -310,7 +310,7 @@ class LayerWise(Fisher):
             name = f"layer {l}'s "
             inverses[l], info = solve_spd(factors.layer(l), eye, self.rank, self.jitter, factors, name)
             infos.append(info)
-        M = sum(torch.kron(torch.outer(null[l], null[l]), inverses[l]) for l in moving)
+        M = sum(torch.kron(torch.outer(null[l], null[l]), inverses[l].contiguous()) for l in moving)
         b = -sum(torch.kron(null[l][:, None], inverses[l] @ (x[l] * rhs)) for l in moving)
         z = solve_spd(M, b, self.rank, 0.0, factors, "the null vectors' ")[0].reshape(null.shape[1], *rhs.shape)
         weights = [None] * len(x)
@@ -446,12 +446,21 @@ class KFAC(Fisher):
     times the sum over layers of :math:`B(B + Ns)^+ \circ (A(A + Ns)^+ \otimes 11^\top)`.
 
     Each factor is inverted on its cheaper side: N x N (or NC x NC) when samples are fewer than units, M x M otherwise.
-    Both sides give the same step, by the push-through identity.
+    Both sides give the same step, by the push-through identity. Layers of equal shape are solved as one stack.
 
     Parameters
     ----------
     rank : {"pinv", "raise"}
         Where a factor is singular even on its smaller side (without damping): its pseudo-inverse, or an error.
+    samples : int
+        0: the exact backward factor, from all C output-gradients (one sample's if the net has no activations). K > 0:
+        K backward passes a sample, of residuals drawn from the model's Gaussian outputs; D is never formed, and the
+        metric's :math:`S^\top S/NK` stands for :math:`D^\top D/N`. Then ``lr="optimal"`` is 1/L.
+    variance : float
+        :math:`s^2`, the variance of the outputs the model assumes. It scales loss and Fisher alike; with damping it
+        decides how :math:`\lambda` is shared: the backward factor is shifted by :math:`s^2\sqrt\lambda`.
+    seed : int
+        Of the generator of the samples; every solve or coefficient draws anew.
 
     Raises
     ------
@@ -471,64 +480,175 @@ class KFAC(Fisher):
     >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
     >>> round(ngd.fisher.KFAC().alpha(ngd.kernels.empirical(sig)), 6)
     4.0
+    >>> deep = ngd.signals(ngd.models.DeepLinear([3] * 5, seed=0), torch.eye(3, dtype=torch.float64))
+    >>> d = ngd.fisher.KFAC().direction(deep, deep.outputs)
+    >>> torch.allclose(deep.jvp(d), 4 * deep.outputs)  # square layers: L times the natural gradient
+    True
     """
 
-    def __init__(self, rank: str = "pinv"):
+    def __init__(self, rank: str = "pinv", samples: int = 0, variance: float = 1.0, seed: int = 0):
         self.rank, _ = _check_solver(rank, 0.0)
+        if samples < 0 or not 0 < variance < float("inf"):
+            raise ValueError(f"samples={samples} must be 0 (exact) or more, and variance={variance} positive")
+        self.samples, self.variance, self.generator = samples, float(variance), torch.Generator().manual_seed(seed)
+
+    def best_alpha(self, factors: Factors) -> float:
+        return float(factors.depth) if self.samples else self.alpha(factors)
 
     def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
-        train, shift = factors.train, factors.train.columns * _check_damping(damping) ** 0.5
-        Q = 0.0
+        train, a = factors.train, _check_damping(damping) ** 0.5
+        n, b, Q = train.columns, self.variance * a, 0.0
+        if self.samples:
+            if train.signals is None:
+                raise TypeError("samples are drawn from a network's outputs: analytic factors have none")
+            S = self._backward(train.signals, torch.zeros_like(train.signals.outputs))[1]
         for l in range(train.depth):
-            A, B = (
-                self._invert(square, shift, part.T, train, l)[0].T
-                for square, part in ((train.A(l), factors.A(l)), (train.B(l), factors.B(l)))
-            )
-            Q = Q + train.columns * A.repeat_interleave(train.c, 0).repeat_interleave(train.c, 1) * B
+            A = self._invert(train.A(l), n * a, factors.A(l).T, train, [l])[0].T
+            if self.samples:  # the Jacobian's D in the samples' metric
+                D = self._invert(S[l].T @ S[l] / n, b, factors.signals.D[l].T, train, [l])[0]
+                B = (train.signals.D[l] @ D).T / n
+            else:
+                B = self._invert(train.B(l), n * b, factors.B(l).T, train, [l])[0].T
+            Q = Q + n * A.repeat_interleave(train.c, 0).repeat_interleave(train.c, 1) * B
         return Q
 
     def solve(self, sig, g, damping=0.0, out=None):
-        g, root, factors = _check_residual(sig, g), _check_damping(damping) ** 0.5, empirical(sig)
-        layers, conditions = zip(*(self._layer(sig, l, g, root, factors) for l in range(len(sig.H))))
-        return sig.pack(list(layers), out), Info(max(conditions), 0.0)
+        g, root, factors = _check_residual(sig, g).view(sig.n, sig.c), _check_damping(damping) ** 0.5, empirical(sig)
+        E, S, r = self._backward(sig, g)
+        stacks, layers, conditions, slope = {}, {}, [], 0.0
+        for l, (H, s) in enumerate(zip(sig.H, S)):
+            few_a, few_b = sig.n <= H.shape[1], not self.samples and len(s) <= s.shape[1]
+            stacks.setdefault((few_a, few_b, l if few_a or few_b else (H.shape, s.shape)), []).append(l)
+        for (few_a, few_b, _), ls in stacks.items():
 
-    def _layer(self, sig, l, g, root, factors):
-        """The layer's direction, as a matrix or as a pair to be multiplied; and the worse condition number."""
-        H, D, n = sig.H[l], sig.D[l], sig.n
-        G = torch.zeros(n * sig.c, n, dtype=g.dtype, device=g.device)
-        rows = torch.arange(n * sig.c, device=g.device)
-        G[rows, rows // sig.c] = g
-        few_a, few_b = n <= H.shape[1], n * sig.c <= D.shape[1]
-        A, B = factors.A(l) if few_a else H.T @ H / n, factors.B(l) if few_b else D.T @ D / n
-        a, b = (n * root if few else root for few in (few_a, few_b))
-        conditions = []
+            def solved(M, shift, rhs, ls=ls):
+                x, condition = self._invert(M, shift, rhs, factors, ls)
+                conditions.append(condition)
+                return x
 
-        def solved(M, shift, rhs):
-            x, condition = self._invert(M, shift, rhs, factors, l)
-            conditions.append(condition)
-            return x
+            if few_a or few_b:
+                slope = float("nan")
+                layers[ls[0]] = self._few(ls[0], few_a, few_b, g, sig, E, S, r, root, factors, solved)
+            else:
+                H, e, s = (torch.stack([parts[l] for l in ls]) for parts in (sig.H, E, S))
+                G = e.mT @ H / sig.n
+                half = solved(s.mT @ s / r, self.variance * root, G)
+                step = solved(H.mT @ H / sig.n, root, half.mT).mT
+                layers |= zip(ls, step)
+                slope += float((step * G).sum())
+        info = Info(max(conditions), 0.0, slope if slope == slope else None)
+        return sig.pack([layers[l] for l in range(len(layers))], out), info
 
+    def _backward(self, sig, g):
+        """For each layer the residual pulled back, and S such that S^T S / r is the metric's backward factor; and r."""
+        if self.samples:
+            v = torch.randn(sig.n, self.samples, sig.c, generator=self.generator, dtype=g.dtype).to(g.device)
+            pulled = sig.pull(torch.cat([g[:, None], v / self.samples**0.5], 1))
+            return [e[:, 0] for e in pulled], [e[:, 1:].flatten(0, 1) for e in pulled], sig.n
+        if sig.linear:  # every sample has the same output-gradients
+            S = [s[0] for s in sig.pull(torch.eye(sig.c, dtype=g.dtype, device=g.device)[None])]
+            return [g @ s for s in S], S, 1
+        return [torch.einsum("ncm,nc->nm", D.view(sig.n, sig.c, -1), g) for D in sig.D], sig.D, sig.n
+
+    def _few(self, l, few_a, few_b, g, sig, E, S, r, root, factors, solved):
+        """A layer with fewer samples than units on some side, as a pair to be multiplied."""
+        H, e, s, n, b = sig.H[l], E[l], S[l], sig.n, self.variance * root
         if few_b:
-            G = solved(B, b, G)
+            G = g.T.clone()
+            if r > 1:
+                G, rows = torch.zeros(len(s), n, dtype=g.dtype, device=g.device), torch.arange(len(s), device=g.device)
+                G[rows, rows // sig.c] = g.flatten()
+            e = solved(factors.B(l) if r > 1 else s @ s.T, r * b, G).T
         if few_a:
-            G = solved(A, a, G.T).T
-        E = G.T @ D
-        if few_a and few_b:
-            return (n * E, H), max(conditions)
-        if few_a:
-            return (solved(B, b, E.T).T, H), max(conditions)
+            e = solved(H @ H.T if r == 1 or self.samples else factors.A(l), n * root, e)  # factors sweep D
         if few_b:
-            return (E, solved(A, a, H.T).T), max(conditions)
-        return solved(A, a, solved(B, b, E.T @ H / n).T).T, max(conditions)
+            e = r * (e @ s)
+            return (e, H) if few_a else (e / n, solved(H.T @ H / n, root, H.T).T)
+        return solved(s.T @ s / r, b, e.T).T, H
 
-    def _invert(self, M, shift, rhs, factors, l):
-        M = M.clone()
-        M.diagonal().add_(shift)
-        x, info = solve_spd(M, rhs, self.rank, 0.0, factors, f"layer {l}'s factor: its ")
+    def _invert(self, M, shift, rhs, factors, ls):
+        M.diagonal(0, -2, -1).add_(shift)
+        name = f"layer {ls[0]}'s factor: its " if len(ls) == 1 else f"one of the layers {ls}: its factor's "
+        x, info = solve_spd(M, rhs, self.rank, 0.0, factors, name)
         return x, info.condition
 
     def __repr__(self) -> str:
-        return f"KFAC(rank={self.rank!r})"
+        return f"KFAC(rank={self.rank!r}, samples={self.samples}, variance={self.variance:g})"
+
+
+class DeepLinearExact(Fisher):
+    r"""The exact natural gradient of a deep linear net of any widths, by moving its first and last layer only.
+
+    The map :math:`W = W_L \cdots W_1` can move along :math:`B X + Y A` with :math:`B = W_L \cdots W_2` and
+    :math:`A = W_{L-1} \cdots W_1`, which span the other layers' moves. With :math:`X` the inputs (N x n_0),
+    :math:`H = X A^\top`, and :math:`P_H = H H^+`, :math:`P_B = B B^+`,
+
+    .. math:: dW_1^\top = X^+ (g - \tfrac12 P_H g) B^{+\top}, \qquad dW_L^\top = H^+ (g - \tfrac12 g P_B),
+
+    and together they push the residual to its projection on the range of the Jacobian, as every exact natural gradient
+    does: contracting, expanding and bottleneck nets included, where block-wise pseudo-inverses do not.
+
+    Raises
+    ------
+    TypeError
+        In a solve, for a network with activations, biases or frozen layers.
+    ValueError
+        For damping: the step is exact or nothing.
+    RankDeficient
+        When A or B has lost rank: the net is at (or very near) a saddle.
+
+    Notes
+    -----
+    Bernacchia, Lengyel & Hennequin (2018), eq. 10, repaired for narrow layers. On training rows Q is the orthogonal
+    projection on the range of J; with fewer samples than inputs, test rows depend on the generalized inverse chosen.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> x = ngd.data.gaussian(9, 6)
+    >>> sig = ngd.signals(ngd.models.DeepLinear([6, 4, 3, 2], seed=0), x)
+    >>> d = ngd.fisher.DeepLinearExact().direction(sig, sig.outputs)
+    >>> torch.allclose(sig.jvp(d), sig.outputs)
+    True
+    """
+
+    def best_alpha(self, factors: Factors) -> float:
+        return 1.0
+
+    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
+        (_, X), (H, H_inverse), (B, B_inverse) = self._parts(factors.train.signals, damping)
+        first, last, PB = factors.signals.H[0] @ X, factors.signals.H[-1] @ H_inverse, B @ B_inverse
+        first = first - first @ H @ H_inverse / 2
+        return torch.kron(first, PB) + torch.kron(last, torch.eye(len(B), dtype=B.dtype, device=B.device) - PB / 2)
+
+    def solve(self, sig, g, damping=0.0, out=None):
+        g = _check_residual(sig, g).view(sig.n, sig.c)
+        (_, X), (H, H_inverse), (B, B_inverse) = self._parts(sig, _check_damping(damping))
+        last = H_inverse @ g
+        layers = [torch.zeros_like(layer.weight) for layer in sig.layers]
+        layers[0] += (X @ (g - H @ last / 2) @ B_inverse.T).T
+        layers[-1] += (last - last @ B_inverse.T @ B.T / 2).T
+        return sig.pack(layers, out), Info(float("nan"), 0.0)
+
+    def _parts(self, sig, damping):
+        """Inputs of the first layer, of the last, and the map behind the first, each with its pseudo-inverse."""
+        biased = sig is None or any(H.shape[1] != layer.in_features for H, layer in zip(sig.H, sig.layers))
+        if biased or not sig.linear or not all(p.requires_grad for p in sig.net.parameters()):
+            raise TypeError("DeepLinearExact needs a net of linear layers only, all trained, without biases")
+        if damping:
+            raise ValueError(f"damping={damping}: this step has no damped form; use KFAC, or a smaller learning rate")
+        widths = [sig.layers[0].in_features] + [layer.out_features for layer in sig.layers]
+        B = sig.pull(torch.eye(sig.c, dtype=sig.outputs.dtype, device=sig.outputs.device)[None])[0][0]
+        ranks = min(sig.n, widths[0]), min(sig.n, *widths[:-1]), min(widths[1:])
+        return [(M, _pinv(M, rank)) for M, rank in zip((sig.H[0], sig.H[-1], B), ranks)]
+
+
+def _pinv(M, rank):
+    """The pseudo-inverse of a matrix that must have this rank."""
+    U, values, V = torch.linalg.svd(M, full_matrices=False)
+    if not values[rank - 1] > max(M.shape) * torch.finfo(M.dtype).eps * values[0]:
+        raise RankDeficient(f"a product of weights (or the inputs) has rank below {rank}: the net is at a saddle")
+    return V[:rank].T / values[:rank] @ U[:, :rank].T
 
 
 def _check_solver(rank, jitter):

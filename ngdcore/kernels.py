@@ -369,21 +369,27 @@ class RankDeficient(ArithmeticError):
 
 @dataclass(frozen=True)
 class Info:
-    """What a solve reports: the estimated condition number of the (worst) solved matrix, and the jitter added to it."""
+    """What a solve reports: the estimated condition number of the (worst) solved matrix, the jitter added to it, and,
+    where it comes for free, the loss's slope along the direction."""
 
     condition: float
     jitter: float
+    slope: float | None = None
 
 
 def solve_spd(K, rhs, rank, jitter, factors, name="the "):
-    """Solve K v = rhs for a symmetric positive (semi-)definite K: Cholesky and two triangular solves."""
-    shift = jitter * float(K.diagonal().mean())
-    K.diagonal().add_(shift)
+    """Solve K v = rhs for a symmetric positive (semi-)definite K, or a stack: Cholesky and two triangular solves."""
+    shift = jitter * K.diagonal(0, -2, -1).mean(-1, keepdim=True)
+    K.diagonal(0, -2, -1).add_(shift)
+    shift = float(shift.max())
     factor, failed = torch.linalg.cholesky_ex(K)
-    condition = float("inf") if failed else _condition(K, factor)
+    condition = float("inf") if failed.any() else _condition(K, factor)
     eps = torch.finfo(K.dtype).eps
     single = eps > 1e-10
-    if not condition < (1 / eps if single else 1 / (len(K) * eps)):
+    if not condition < (1 / eps if single else 1 / (K.shape[-1] * eps)):
+        if K.ndim > 2:
+            found = [solve_spd(k, r, rank, 0.0, factors, name) for k, r in zip(K, rhs)]
+            return torch.stack([v for v, _ in found]), Info(max(i.condition for _, i in found), shift)
         if rank == "pinv":
             return solve_pinv(K, rhs, shift)
         raise RankDeficient(
@@ -399,7 +405,7 @@ def solve_spd(K, rhs, rank, jitter, factors, name="the "):
             stacklevel=5,
         )
     half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True), Info(condition, shift)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True), Info(condition, shift)
 
 
 def solve_pinv(K, rhs, shift):
@@ -453,15 +459,17 @@ def _probe(n, like):
 
 
 def _condition(K, factor, sweeps: int = 6) -> float:
-    """Estimate (from below) of the condition number of K: a few power and inverse iterations on a Cholesky factor."""
-    top = low = _probe(len(K), K)
+    """Estimate (from below) of K's (largest) condition number: a few power and inverse iterations on its factor."""
+    top = low = _probe(K.shape[-1], K)
     for _ in range(sweeps):
         top = K @ top
-        largest, top = top.norm(), top / top.norm()
+        largest = top.norm(dim=-2, keepdim=True)
+        top = top / largest
         half = torch.linalg.solve_triangular(factor, low, upper=False)
-        low = torch.linalg.solve_triangular(factor.T, half, upper=True)
-        inverse, low = low.norm(), low / low.norm()
-    condition = float(largest * inverse)
+        low = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        inverse = low.norm(dim=-2, keepdim=True)
+        low = low / inverse
+    condition = float((largest * inverse).max())
     return condition if condition == condition else float("inf")
 
 
@@ -469,7 +477,7 @@ def _culprits(factors: Factors) -> str:
     """Duplicate or antipodal inputs, if there are any: the usual reason of a singular Gram."""
     if factors.train is not factors:
         return ""
-    A = factors.A(0)
+    A = factors.signals.H[0] @ factors.signals.H[0].T if factors.signals else factors.A(0)  # tiles would sweep D
     scale = A.diagonal().clamp_min(torch.finfo(A.dtype).tiny).rsqrt()
     cosine = (A * scale[:, None] * scale).triu(1)
     found = []

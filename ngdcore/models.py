@@ -7,8 +7,9 @@ layer's inputs :math:`H_l` (N x M_in) and the gradients of the outputs at its pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from numbers import Integral
 
 import torch
@@ -303,7 +304,8 @@ class Signals:
     H : list of Tensor, (N, M_in) each
         Inputs of each trained layer, with the parameterisation's factor; a trained bias is one more column.
     D : list of Tensor, (NC, M_out) each
-        Gradient of every output at each trained layer's pre-activations, rows sample-major.
+        Gradient of every output at each trained layer's pre-activations, rows sample-major. Swept by `signals`, or when
+        first asked for with ``signals(net, x, lazy=True)``.
     net : nn.Module
         The network the signals were taken from.
 
@@ -316,9 +318,10 @@ class Signals:
     net: nn.Module
     outputs: Tensor
     H: list[Tensor]
-    D: list[Tensor]
     layers: list[nn.Linear] = field(repr=False)
     versions: tuple[int, ...] = field(repr=False)
+    sweep: Callable[[Tensor], list[Tensor]] = field(repr=False)
+    linear: bool = False
 
     @property
     def n(self) -> int:
@@ -329,6 +332,46 @@ class Signals:
     def c(self) -> int:
         """Number of outputs C."""
         return self.outputs.shape[1]
+
+    @cached_property
+    def D(self) -> list[Tensor]:
+        eye = torch.eye(self.c, dtype=self.outputs.dtype, device=self.outputs.device)
+        return [E.reshape(self.n * self.c, -1) for E in self.pull(eye.expand(self.n, -1, -1))]
+
+    def pull(self, cotangents: Tensor) -> list[Tensor]:
+        r"""Sweep output weights back to every trained layer's pre-activations, without forming D.
+
+        Parameters
+        ----------
+        cotangents : Tensor, (N, k, C)
+            k sets of output weights; one sample, (1, k, C), serves all where the net has no activations (``linear``).
+
+        Returns
+        -------
+        list of Tensor, (N, k, M_out) each
+            :math:`\sum_c v_{nkc} D_l[nc]`.
+
+        Raises
+        ------
+        ValueError
+            For another shape, or when the network's weights have changed since these signals were taken.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64), lazy=True)
+        >>> [E.shape for E in sig.pull(torch.ones(3, 1, 2, dtype=torch.float64))]
+        [torch.Size([3, 1, 4]), torch.Size([3, 1, 2])]
+        """
+        if (
+            cotangents.ndim != 3
+            or cotangents.shape[2] != self.c
+            or len(cotangents) not in (self.n, 1 if self.linear else self.n)
+        ):
+            raise ValueError(f"cotangents must be (N, k, C) = ({self.n}, k, {self.c}), not {tuple(cotangents.shape)}")
+        self._check_versions()
+        with torch.no_grad():
+            return self.sweep(cotangents)
 
     def vjp(self, v: Tensor | list[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         r"""The pull-back :math:`\sum_l J_l^\top v_l`, one tensor a trained parameter: one matrix product a layer.
@@ -361,6 +404,8 @@ class Signals:
         weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
         if len(weights) != len(self.H) or any(w.numel() != self.n * self.c for w in weights):
             raise ValueError(f"v must hold N*C = {self.n * self.c} entries, one tensor or one a layer ({len(self.H)})")
+        if isinstance(v, Tensor) and "D" not in self.__dict__:  # one sweep of v is cheaper than all of D
+            return self.pack([(E[:, 0], H) for E, H in zip(self.pull(v.reshape(self.n, 1, self.c)), self.H)], out)
         pulled = [
             torch.einsum("ncm,nc->nm", D.view(self.n, self.c, -1), w.reshape(self.n, self.c))
             for D, w in zip(self.D, weights)
@@ -423,12 +468,15 @@ class Signals:
 
     def at(self, x: Tensor) -> "Signals":
         """Signals of the same network at other inputs; raises if its weights have moved since these were taken."""
-        if self.versions != _versions(self.net):
-            raise ValueError("the network's weights changed since these signals were taken; call signals(net, x) again")
+        self._check_versions()
         return signals(self.net, x)
 
+    def _check_versions(self) -> None:
+        if self.versions != _versions(self.net):
+            raise ValueError("the network's weights changed since these signals were taken; call signals(net, x) again")
 
-def signals(net: nn.Module, x: Tensor) -> Signals:
+
+def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     r"""One forward and one backward sweep: the inputs and output-gradients of every trained layer.
 
     Parameters
@@ -438,6 +486,8 @@ def signals(net: nn.Module, x: Tensor) -> Signals:
         whose parameters do not require gradients are passed through, not trained.
     x : Tensor, (N, d)
         Inputs, in the network's dtype and on its device.
+    lazy : bool
+        Leave the backward sweep of all C outputs until ``D`` is asked for, which must be before the weights change.
 
     Returns
     -------
@@ -466,9 +516,11 @@ def signals(net: nn.Module, x: Tensor) -> Signals:
     check_matrix("x", x, linear[0].in_features, linear[0].weight)
     with torch.no_grad():
         outputs, inputs, slopes = _forward(modules, x)
-        D = _backward(modules, trained[0], slopes, outputs)
         H = [_columns(m, inputs[m]) for m in trained]
-    return Signals(net, outputs, H, [D[m] for m in trained], trained, _versions(net))
+    sig = Signals(net, outputs, H, trained, _versions(net), partial(_backward, modules, trained, slopes), not slopes)
+    if not lazy:
+        _ = sig.D
+    return sig
 
 
 def _forward(modules, x):
@@ -487,21 +539,20 @@ def _forward(modules, x):
     return h, inputs, slopes
 
 
-def _backward(modules, first, slopes, outputs):
-    """Gradients of all C outputs at each linear layer's pre-activations, down to the first trained one."""
-    n, c = outputs.shape
-    grad, D = torch.eye(c, dtype=outputs.dtype, device=outputs.device).expand(n, c, c), {}
+def _backward(modules, trained, slopes, grad):
+    """Pull output weights, (N, k, C), back to each trained layer's pre-activations: (N, k, M) each."""
+    pulled = {}
     for position in reversed(range(len(modules))):
         m = modules[position]
         if not isinstance(m, nn.Linear):
             grad = grad * slopes[position][:, None, :]
             continue
-        D[m] = grad.reshape(n * c, -1)
-        if m is first:
+        pulled[m] = grad
+        if m is trained[0]:
             break
         scale = getattr(m, "weight_scale", 1.0)
-        grad = (D[m] @ (m.weight if scale == 1.0 else scale * m.weight)).view(n, c, -1)
-    return D
+        grad = (grad.flatten(0, 1) @ (m.weight if scale == 1.0 else scale * m.weight)).view(*grad.shape[:2], -1)
+    return [pulled[m] for m in trained]
 
 
 def _columns(layer, h):

@@ -1,18 +1,18 @@
-r"""Natural gradient as a `torch.optim.Optimizer`, and one training generator for it and for first-order optimizers."""
+r"""Natural gradient as a `torch.optim.Optimizer`, adaptive damping, and one training generator for all optimizers."""
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .fisher import Fisher
+from .fisher import Fisher, RankDeficient
 from .kernels import empirical
 from .models import signals
 
-__all__ = ["NaturalGradient", "Step", "run", "half_mse"]
+__all__ = ["NaturalGradient", "Adaptive", "Step", "run", "half_mse"]
 
 
 def half_mse(outputs: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +46,17 @@ class Step:
     step : int
         Number of steps taken before.
     seconds : float
-        Seconds spent in steps before (not in the caller's loop body).
+        Seconds spent in steps before (not in the caller's loop body, nor in ``test``).
+    examples : int
+        Training examples seen before.
+    damping : float
+        Damping of the step (0 for first-order optimizers).
+    rho : float
+        Actual over predicted decrease of the batch's loss (nan unless damping adapts).
+    accepted : bool
+        False if the step was undone.
+    test : float
+        What ``test`` returned for the network at this state (nan where it was not called).
     """
 
     loss: float
@@ -55,6 +65,75 @@ class Step:
     jitter: float = 0.0
     step: int = 0
     seconds: float = 0.0
+    examples: int = 0
+    damping: float = 0.0
+    rho: float = float("nan")
+    accepted: bool = True
+    test: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    r"""Damping that follows actual over predicted decrease: ``NaturalGradient(..., damping=Adaptive())``.
+
+    After a step of learning rate :math:`\eta` along d, :math:`\rho` is the change of the batch's loss over the change
+    that a quadratic with its minimum at the full step predicts,
+    :math:`-(1 - \alpha/2)\,\eta\,\langle d, \nabla L\rangle`. Then
+    :math:`\lambda \leftarrow \tfrac32\lambda` if :math:`\rho < .25`, :math:`\tfrac23\lambda` if :math:`\rho > .75`.
+
+    Parameters
+    ----------
+    start : float
+        First damping.
+    alpha : float
+        The fraction of the full step that the learning rate stands for: :math:`\eta = \alpha/L` for `KFAC` from the
+        unit side, :math:`\eta = \alpha` for the exact Fisher.
+    lower : float
+        Smallest damping; 0 for none. As damping, it is in units of loss and data.
+    factor : float
+        What damping is multiplied with or divided by; 1 keeps it constant.
+    low, high : float
+        The thresholds.
+    reject : bool
+        Undo a step that does not decrease the batch's loss, or whose system is singular, and let damping grow.
+
+    Raises
+    ------
+    ValueError
+        For values that make no sense.
+
+    Notes
+    -----
+    Bernacchia, Lengyel & Hennequin (2018), eqs. 20-21 and footnote 1, with :math:`\alpha` counted once; clip and
+    rejection are not in print.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> net, x = ngd.models.DeepLinear([3, 3, 3], seed=0), ngd.data.gaussian(9, 3)
+    >>> adaptive = ngd.optim.Adaptive(start=1.0, lower=0.5)
+    >>> opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(samples=1), lr=1 / 2, damping=adaptive)
+    >>> [round(opt.step(x, x.flip(1)).damping, 3) for _ in range(4)]
+    [1.0, 0.667, 0.5, 0.5]
+    """
+
+    start: float = 1.0
+    alpha: float = 1.0
+    lower: float = 1e-10
+    factor: float = 1.5
+    low: float = 0.25
+    high: float = 0.75
+    reject: bool = True
+
+    def __post_init__(self):
+        if not (0 <= self.lower <= self.start < float("inf") and 0 < self.alpha < 2 and self.factor >= 1):
+            raise ValueError(f"{self}: needs 0 <= lower <= start, 0 < alpha < 2 and factor >= 1")
+
+    def after(self, damping: float, rho: float) -> float:
+        """The next damping."""
+        if not rho >= self.low:  # NaN too: a step that failed
+            return damping * self.factor
+        return max(damping / self.factor, self.lower) if rho > self.high else damping
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -69,8 +148,8 @@ class NaturalGradient(torch.optim.Optimizer):
     lr : float or "optimal"
         :math:`\eta`; ``"optimal"`` is :math:`1/\alpha`, found at the first step: one step then solves the linearised
         problem.
-    damping : float
-        :math:`\rho \ge 0`, added to F.
+    damping : float or Adaptive
+        :math:`\rho \ge 0`, added to F; an `Adaptive` changes ``param_groups[0]["damping"]`` after every step.
 
     Raises
     ------
@@ -94,7 +173,9 @@ class NaturalGradient(torch.optim.Optimizer):
     True
     """
 
-    def __init__(self, net: nn.Module, fisher: Fisher, lr: float | str = "optimal", damping: float = 0.0):
+    def __init__(self, net: nn.Module, fisher: Fisher, lr: float | str = "optimal", damping: float | Adaptive = 0.0):
+        self.adaptive = damping if isinstance(damping, Adaptive) else None
+        damping = self.adaptive.start if self.adaptive else damping
         if isinstance(lr, str):
             if lr != "optimal":
                 raise ValueError(f"lr={lr!r} must be a positive number or 'optimal'")
@@ -126,14 +207,38 @@ class NaturalGradient(torch.optim.Optimizer):
         ValueError
             For targets of another shape than the outputs (default loss), or a residual that is not finite.
         """
-        sig = signals(self.net, x)
+        sig = signals(self.net, x, lazy=True)
         value, g = _residual(loss, sig.outputs, y)
         group = self.param_groups[0]
         if group["lr"] == "optimal":
             group["lr"] = 1 / self.fisher.best_alpha(empirical(sig))
-        self._update, info = self.fisher.solve(sig, g, group["damping"], self._update)
+        state = Step(value, sig.outputs, damping=group["damping"])
+        try:
+            self._update, info = self.fisher.solve(sig, g, group["damping"], self._update)
+        except RankDeficient:
+            if not (self.adaptive and self.adaptive.reject):
+                raise
+            group["damping"] = self.adaptive.after(state.damping, float("nan"))
+            return replace(state, accepted=False)
+        state = replace(state, condition=info.condition, jitter=info.jitter)
+        if self.adaptive:
+            slope = info.slope or sum(float((d * e).sum()) for d, e in zip(self._update, sig.vjp(g))) / sig.n
+            return self._adapt(slope, x, y, loss, group, state)
         torch._foreach_add_(group["params"], self._update, alpha=-group["lr"])
-        return Step(value, sig.outputs, info.condition, info.jitter)
+        return state
+
+    def _adapt(self, slope, x, y, loss, group, state) -> Step:
+        """The step, undone if it was bad; and the next damping."""
+        rule, lr = self.adaptive, group["lr"]
+        before = [p.clone() for p in group["params"]] if rule.reject else None
+        torch._foreach_add_(group["params"], self._update, alpha=-lr)
+        after = float(loss(self.net(x), y))
+        rho = (state.loss - after) / ((1 - rule.alpha / 2) * lr * slope)
+        accepted = after < state.loss or not rule.reject
+        if not accepted:
+            torch._foreach_copy_(group["params"], before)
+        group["damping"] = rule.after(state.damping, rho)
+        return replace(state, rho=rho, accepted=accepted)
 
 
 def run(
@@ -146,6 +251,8 @@ def run(
     loss: Callable[[Tensor, Tensor], Tensor] = half_mse,
     net: nn.Module | None = None,
     progress: bool = False,
+    test: Callable[[], float] | None = None,
+    every: int = 1,
 ) -> Iterator[Step]:
     """Train, and yield the state before every step and after the last: ``steps + 1`` states in all.
 
@@ -166,6 +273,10 @@ def run(
         The network; needed for a torch.optim optimizer, known to `NaturalGradient`.
     progress : bool
         Show a tqdm bar.
+    test : callable, optional
+        Called without arguments, outside the clock, before every ``every``-th step and after the last; what it returns
+        for the network as it then is becomes the state's ``test``.
+    every : int
 
     Yields
     ------
@@ -198,6 +309,7 @@ def run(
     for k in tqdm(range(steps + 1), disable=not progress, leave=False):
         rows = next(batches)
         bx, by = (x, y) if rows is None else (x[rows.to(x.device)], y[rows.to(y.device)])
+        tested = float(test()) if test and (k % every == 0 or k == steps) else float("nan")
         start = time.perf_counter()
         if k == steps:
             with torch.no_grad():
@@ -206,7 +318,7 @@ def run(
         else:
             state = opt.step(bx, by, loss) if natural else _first_order(opt, net, bx, by, loss)
         elapsed = time.perf_counter() - start
-        yield Step(state.loss, state.outputs, state.condition, state.jitter, k, seconds)
+        yield replace(state, step=k, seconds=seconds, examples=k * len(bx), test=tested)
         seconds += elapsed
 
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from dense import coefficient, jacobian, kfac, layer_wise_fisher, relative
+from dense import coefficient, jacobian, kfac, layer_signals, layer_wise_fisher, relative
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, jvp
@@ -312,3 +312,123 @@ def test_constructors_and_solves_refuse():
     constant = ngd.signals(ngd.models.MLP([5, 3, 1], "relu"), -1e-300 * torch.ones(1, 5, dtype=torch.float64))
     with pytest.raises(ngd.fisher.RankDeficient):
         ngd.fisher.Exact(rank="pinv").direction(constant, torch.ones(1, 1, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------ deep linear nets
+
+DEEP = [[4, 4, 4, 4], [3, 5, 6, 4], [6, 4, 3, 2], [2, 3, 5, 6], [5, 4, 2, 3, 4], [6, 3, 3], [5, 3]]
+
+
+@pytest.mark.parametrize("widths", DEEP)
+def test_deep_linear_exact_is_exact(widths):
+    """Any widths: the law, and Q of the exact Fisher, which block-wise pseudo-inverses miss in narrow nets."""
+    net = ngd.models.DeepLinear(widths, init="gaussian", seed=1)
+    x, other = ngd.data.gaussian(12, widths[0], seed=2), ngd.data.gaussian(3, widths[0], seed=3)
+    J, J_other = torch.cat(jacobian(net, x), 1), torch.cat(jacobian(net, other), 1)
+    sig, F = ngd.signals(net, x), ngd.fisher.DeepLinearExact()
+    fac, g = ngd.kernels.empirical(sig), ngd.data.gaussian(12, widths[-1], seed=5)
+    Q = F.coefficient(fac)
+    assert relative(Q, coefficient(J, J.T @ J / 12, J, 12)) < 1e-10
+    assert relative(F.coefficient(fac.cross(other)), coefficient(J_other, J.T @ J / 12, J, 12)) < 1e-10
+    pushed = push_forward(net, x, F.direction(sig, g))
+    assert float((pushed - Q @ g.flatten()).norm()) < 1e-10 * float(Q.norm() * g.norm())
+    blocks = ngd.fisher.KFAC().direction(sig, g)
+    gap = relative(push_forward(net, x, blocks) / (len(widths) - 1), pushed)
+    wide = min(widths[1:-1], default=9) >= max(widths[0], widths[-1])
+    assert gap < 1e-9 if wide else gap > 0.05
+    assert F.alpha(fac) == pytest.approx(1.0) and F.best_alpha(fac) == 1.0
+
+
+def test_deep_linear_exact_refuses():
+    F, x = ngd.fisher.DeepLinearExact(), ngd.data.gaussian(9, 4)
+    for net in (
+        ngd.models.MLP([4, 5, 2], "tanh"),
+        ngd.models.MLP([4, 5, 2], "identity", bias_var=1.0),
+        ngd.models.TwoLayerReLU(4, 3),
+    ):
+        sig = ngd.signals(net, x)
+        with pytest.raises(TypeError, match="linear layers only"):
+            F.direction(sig, sig.outputs)
+    with pytest.raises(TypeError, match="linear layers only"):
+        F.coefficient(ngd.kernels.analytic(x, 2))
+    net = ngd.models.DeepLinear([4, 3, 4])
+    with pytest.raises(ValueError, match="no damped form"):
+        F.direction(ngd.signals(net, x), net(x).detach(), damping=0.1)
+    with torch.no_grad():
+        net[0].weight[0] = net[0].weight[1]
+    with pytest.raises(ngd.fisher.RankDeficient, match="saddle"):
+        F.direction(ngd.signals(net, x), net(x).detach())
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize(("n", "widths"), [(12, [4, 4, 4, 4]), (5, [6, 7, 9, 2]), (3, [2, 8, 3])])
+def test_linear_nets_share_one_samples_gradients(n, widths, damping):
+    """K-FAC on every mix of sides equals the dense one, with stacks of equal layers."""
+    net = ngd.models.DeepLinear(widths, init="gaussian", seed=4)
+    x, g = ngd.data.gaussian(n, widths[0], seed=1), ngd.data.gaussian(n, widths[-1], seed=2)
+    d = ngd.fisher.KFAC().direction(ngd.signals(net, x, lazy=True), g, damping)
+    assert relative(push_forward(net, x, d), kfac(net, x, x, damping) @ g.flatten()) < 1e-8
+
+
+# ------------------------------------------------------------------------------------------------ sampled K-FAC
+
+
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+@pytest.mark.parametrize("n", [4, 30])
+@pytest.mark.parametrize("bias_var", [0.0, 0.2])
+def test_one_law_sampled_kfac(n, bias_var, damping):
+    """Both D: the samples' in the metric, the Jacobian's around it; layers of equal shape among others."""
+    K, s2 = 2, 0.3
+    net = ngd.models.MLP([6, 8, 8, 8, 3], "tanh", 1.5, bias_var, seed=3)
+    x, other = ngd.data.gaussian(n, 6, seed=1), ngd.data.gaussian(3, 6, seed=2)
+    sig = ngd.signals(net, x, lazy=True)
+    g = ngd.data.gaussian(n, 3, seed=4).flatten()
+    fresh = lambda: ngd.fisher.KFAC(samples=K, variance=s2, seed=7)  # noqa: E731
+    d, (H, D), (H_other, D_other) = fresh().direction(sig, g, damping), layer_signals(net, x), layer_signals(net, other)
+    assert "D" not in vars(sig)  # never formed
+    noise = torch.randn(n, K, 3, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+    Q, Q_other, eye = 0.0, 0.0, torch.eye
+    for l in range(4):
+        S = torch.einsum("nkc,ncm->nkm", noise, D[l].view(n, 3, -1)).flatten(0, 1)
+        B = S.T @ S / (n * K) / s2 + damping**0.5 * eye(S.shape[1], dtype=x.dtype)  # of the score, loss |f-y|^2/2s2
+        A = H[l].T @ H[l] / n + damping**0.5 * eye(H[l].shape[1], dtype=x.dtype)
+        J, J_other = (
+            torch.einsum("kp,kq->kpq", dl, h.repeat_interleave(3, 0)).flatten(1)
+            for dl, h in ((D[l], H[l]), (D_other[l], H_other[l]))
+        )
+        inverse = torch.linalg.inv(torch.kron(B, A)) / s2
+        Q, Q_other = Q + J @ inverse @ J.T / n, Q_other + J_other @ inverse @ J.T / n
+    fac = ngd.kernels.empirical(sig)
+    assert relative(fresh().coefficient(fac, damping), Q) < 1e-9
+    assert relative(fresh().coefficient(fac.cross(other), damping), Q_other) < 1e-9
+    assert float((push_forward(net, x, d) - Q @ g).norm()) < 1e-10 * float(Q.norm() * g.norm())
+
+
+def test_many_samples_become_exact():
+    net, x = ngd.models.MLP([4, 5, 3], "tanh", seed=3), ngd.data.gaussian(20, 4)
+    exact, gaps = kfac(net, x, x, 0.1), []
+    for K in (100, 10_000):
+        gaps.append(
+            relative(ngd.fisher.KFAC(samples=K).coefficient(ngd.kernels.empirical(ngd.signals(net, x)), 0.1), exact)
+        )
+    assert gaps[1] < 0.02 and gaps[1] < 0.3 * gaps[0]  # 1/sqrt(K): a tenth
+
+
+def test_sampled_kfac_refuses():
+    for bad in (dict(samples=-1), dict(variance=0.0), dict(variance=float("inf"))):
+        with pytest.raises(ValueError, match="samples"):
+            ngd.fisher.KFAC(**bad)
+    with pytest.raises(TypeError, match="analytic"):
+        ngd.fisher.KFAC(samples=1).coefficient(ngd.kernels.analytic(ngd.data.sphere(4, 5), 2))
+    assert ngd.fisher.KFAC(samples=1).best_alpha(ngd.kernels.analytic(ngd.data.sphere(4, 5), 3)) == 3.0
+
+
+def test_a_bad_layer_in_a_stack_is_found():
+    net, x = ngd.models.MLP([4, 4, 4, 4, 2], "tanh", seed=3), ngd.data.gaussian(9, 4)
+    with torch.no_grad():
+        net[2].weight[1] = net[2].weight[0]  # layer 2's inputs are dependent
+    sig = ngd.signals(net, x)
+    with pytest.raises(ngd.fisher.RankDeficient, match="layers"):
+        ngd.fisher.KFAC(rank="raise").direction(sig, sig.outputs)
+    d = ngd.fisher.KFAC().direction(sig, sig.outputs)
+    assert relative(push_forward(net, x, d), kfac(net, x, x) @ sig.outputs.flatten()) < 1e-6

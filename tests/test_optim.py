@@ -302,3 +302,97 @@ def test_cuda_follows_the_cpu():
         for n, d in ((net, "cpu"), (twin, "cuda"))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+
+
+# ------------------------------------------------------------------------------------------- adaptive damping
+
+
+def deep_problem(n=40, spread=1e-2):
+    net, x = ngd.models.DeepLinear([4, 4, 4], seed=0), ngd.data.gaussian(n, 4)
+    return net, x, net(x).detach() + spread * ngd.data.gaussian(n, 4, seed=1)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("samples", [0, 1])
+def test_rho_is_one_where_the_quadratic_is_exact(alpha, samples):
+    """Small residuals, no damping, all of the loss reachable: alpha counts once."""
+    net, x, _ = deep_problem()
+    M = torch.eye(4, dtype=x.dtype) + 1e-4 * ngd.data.gaussian(4, 4, seed=2)
+    y = net(x).detach() @ M
+    rule = ngd.optim.Adaptive(start=0.0, lower=0.0, alpha=alpha)
+    state = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(samples=samples, seed=1), alpha / 2, rule).step(x, y)
+    if samples == 0:
+        assert state.rho == pytest.approx(1.0, abs=1e-3)
+    assert state.accepted and state.damping == 0.0
+
+
+def test_rho_equals_dense_rho():
+    """Actual over predicted decrease, by hand, on K-FAC from both sides and with the exact Fisher."""
+    for F, n in ((ngd.fisher.KFAC(samples=2, seed=5), 40), (ngd.fisher.KFAC(), 3), (ngd.fisher.Exact(), 3)):
+        net, x, y = problem(n=n)
+        before, J, f = weights(net), torch.cat(jacobian(net, x), 1), net(x).detach()
+        opt = ngd.optim.NaturalGradient(net, F, 0.2, ngd.optim.Adaptive(0.1, alpha=0.6))
+        state = opt.step(x, y)
+        gradient, step = J.T @ (f - y).flatten() / n, weights(net) - before
+        change = float(((net(x).detach() - y).square().sum() - (f - y).square().sum()) / (2 * n))
+        assert state.accepted and state.rho == pytest.approx(change / float(0.7 * step @ gradient), rel=1e-9)
+        expected = 0.1 * (1.5 if state.rho < 0.25 else 1 / 1.5 if state.rho > 0.75 else 1.0)
+        assert opt.param_groups[0]["damping"] == pytest.approx(expected)
+
+
+def test_thresholds_and_clip():
+    rule = ngd.optim.Adaptive(start=1.0, lower=0.8)
+    found = [rule.after(1.2, rho) for rho in (-1.0, 0.2, 0.25, 0.5, 0.75, 0.8, float("nan"))]
+    assert found == pytest.approx([1.8, 1.8, 1.2, 1.2, 1.2, 0.8, 1.8])
+    assert rule.after(1.0, 0.8) == 0.8
+    assert ngd.optim.Adaptive(factor=1.0).after(1.0, 0.0) == 1.0
+    for bad in (dict(start=-1.0), dict(start=1.0, lower=2.0), dict(alpha=2.0), dict(factor=0.5), dict(start=math.nan)):
+        with pytest.raises(ValueError, match="needs"):
+            ngd.optim.Adaptive(**bad)
+
+
+def test_bad_steps_are_undone_exactly():
+    net, x, y = problem(n=40)
+    before = weights(net)
+    opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(samples=1), 1e3, ngd.optim.Adaptive(1.0))
+    state = opt.step(x, y)
+    assert not state.accepted and state.rho < 0 and torch.equal(weights(net), before)
+    assert opt.param_groups[0]["damping"] == 1.5
+    opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(samples=1), 1e3, ngd.optim.Adaptive(1.0, reject=False))
+    assert opt.step(x, y).accepted and not torch.equal(weights(net), before)
+    flat = x[:, :1].expand(-1, 5)  # singular inputs, no damping: nothing to invert
+    for reject in (True, False):
+        rule = ngd.optim.Adaptive(0.0, lower=0.0, reject=reject)
+        opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC("raise", samples=1), 0.3, rule)
+        if reject:
+            assert not opt.step(flat, y).accepted
+        else:
+            with pytest.raises(ngd.fisher.RankDeficient):
+                opt.step(flat, y)
+
+
+def test_run_reports_examples_and_tests():
+    net, x, y = problem(n=12)
+    held, calls = lambda: float(ngd.optim.half_mse(net(x).detach(), y)), []
+    opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(samples=1), "optimal", ngd.optim.Adaptive(0.1))
+    states = list(ngd.optim.run(opt, x, y, 5, batch_size=4, test=lambda: calls.append(1) or held(), every=2))
+    assert [s.examples for s in states] == [0, 4, 8, 12, 16, 20] and len(calls) == 4
+    assert [math.isnan(s.test) for s in states] == [False, True, False, True, False, False]
+    assert states[-1].test == pytest.approx(held()) and opt.param_groups[0]["lr"] == pytest.approx(1 / 3)
+
+
+def test_lazy_signals_refuse_moved_weights():
+    net, x, _ = problem()
+    sig, eager = ngd.signals(net, x, lazy=True), ngd.signals(net, x)
+    v = ngd.data.gaussian(6, 2, seed=9)
+    assert all(torch.allclose(a, b) for a, b in zip(sig.vjp(v), eager.vjp(v))) and "D" not in vars(sig)
+    assert all(torch.equal(a, b) for a, b in zip(sig.D, eager.D))
+    late = ngd.signals(net, x, lazy=True)
+    for bad in (v, torch.zeros(1, 3, 2, dtype=x.dtype), torch.zeros(6, 1, 3, dtype=x.dtype)):
+        with pytest.raises(ValueError, match="cotangents"):
+            late.pull(bad)
+    with torch.no_grad():
+        net[0].weight += 1
+    with pytest.raises(ValueError, match="changed"):
+        late.D
+    assert eager.D is eager.D
