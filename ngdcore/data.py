@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import tarfile
+import warnings
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -329,16 +330,20 @@ def _read(path, name) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-def _cache() -> Path:
-    import pooch
+def _pooch():
+    with warnings.catch_warnings():  # in a notebook without widgets, about its progress bar
+        warnings.simplefilter("ignore")
+        import pooch
+    return pooch
 
-    return Path(pooch.os_cache("ngdcore"))
+
+def _cache() -> Path:
+    return Path(_pooch().os_cache("ngdcore"))
 
 
 def _download(file, mirrors, read) -> Path:
     """Fetch a file into the cache; what `read` refuses is deleted again."""
-    import pooch
-
+    pooch = _pooch()
     pooch.get_logger().setLevel("WARNING")
     target, failures = _cache() / file, []
     for mirror in mirrors:
