@@ -452,6 +452,19 @@ def solve_block_tridiagonal(grams, shift, rhs):
     return v[:, :-1], condition if condition == condition else float("inf")
 
 
+def solve_batch(M, rhs, rank, name):
+    """Solve a batch of symmetric positive semi-definite systems; empty rows and columns get 0, singular ones `rank`."""
+    n, eps, diagonal = M.shape[-1], torch.finfo(M.dtype).eps, M.diagonal(dim1=1, dim2=2)
+    diagonal.add_((diagonal == 0).to(M))  # an empty row decouples; its right-hand side is 0
+    factor, failed = torch.linalg.cholesky_ex(M)
+    if not failed.any() and (factor.diagonal(dim1=1, dim2=2).square() > n * eps * diagonal).all():
+        half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    if rank == "raise":
+        raise RankDeficient(f"{name}units have linearly dependent active inputs; use rank='pinv' or damping")
+    return torch.linalg.pinv(M, hermitian=True, rtol=n * eps) @ rhs
+
+
 def _probe(n, like):
     """A random unit column, always the same: the norm of its solution shows the size of an inverse."""
     v = torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)

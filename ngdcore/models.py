@@ -8,7 +8,7 @@ layer's inputs :math:`H_l` (N x M_in) and the gradients of the outputs at its pr
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from numbers import Integral
 
@@ -401,16 +401,45 @@ class Signals:
         >>> [g.shape for g in sig.vjp(torch.ones(3, 1, dtype=torch.float64))]
         [torch.Size([4, 3]), torch.Size([1, 4])]
         """
+        return self.pack(list(zip(self.pulled(v), self.H)), out)
+
+    def pulled(self, v: Tensor | list[Tensor]) -> list[Tensor]:
+        r"""Output-space weights pulled back to every layer's units, :math:`\sum_c D_{nc} v_{nc}`, (N, M_out) each.
+
+        ``v`` as for `vjp`, whose result is these times the layers' inputs.
+        """
         weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
         if len(weights) != len(self.H) or any(w.numel() != self.n * self.c for w in weights):
             raise ValueError(f"v must hold N*C = {self.n * self.c} entries, one tensor or one a layer ({len(self.H)})")
         if isinstance(v, Tensor) and "D" not in self.__dict__:  # one sweep of v is cheaper than all of D
-            return self.pack([(E[:, 0], H) for E, H in zip(self.pull(v.reshape(self.n, 1, self.c)), self.H)], out)
-        pulled = [
+            return [E[:, 0] for E in self.pull(v.reshape(self.n, 1, self.c))]
+        return [
             torch.einsum("ncm,nc->nm", D.view(self.n, self.c, -1), w.reshape(self.n, self.c))
             for D, w in zip(self.D, weights)
         ]
-        return self.pack(list(zip(pulled, self.H)), out)
+
+    def weighted(self, R: Tensor) -> "Signals":
+        r"""Signals of the outputs seen through R: :math:`D \leftarrow R D`, sample by sample.
+
+        With :math:`R^\top R = \Lambda` the Fisher of the weighted signals is :math:`\frac1N J^\top \Lambda J`, as for
+        cross-entropy with :math:`\Lambda = \mathrm{diag}(p) - p p^\top`; the residual to go with it is
+        :math:`(R^\top)^+ g`. Directions are those of the network; `jvp` becomes R times its outputs' change.
+
+        Parameters
+        ----------
+        R : Tensor, (N, C, C)
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
+        >>> twice = sig.weighted(2 * torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
+        >>> torch.allclose(ngd.kernels.empirical(twice).gram(), 4 * ngd.kernels.empirical(sig).gram())
+        True
+        """
+        if R.shape != (self.n, self.c, self.c):
+            raise ValueError(f"R must be (N, C, C) = {(self.n, self.c, self.c)}, not {tuple(R.shape)}")
+        return replace(self, sweep=lambda v: self.sweep(v @ R), linear=False)
 
     def pack(self, layers: list, out: list[Tensor] | None = None) -> list[Tensor]:
         r"""One tensor a trained parameter from one matrix a trained layer, with its biases as the last column.

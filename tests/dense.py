@@ -68,3 +68,72 @@ def coefficient(J_rows, F, J, n, damping=0.0) -> torch.Tensor:
 
 def relative(a, b) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def weight_jacobians(net, x):
+    """Per layer (NC, M_out, M_in) with the bias as the last input."""
+    H, D = layer_signals(net, x)
+    c = len(D[0]) // len(x)
+    return [torch.einsum("kp,kq->kpq", d, h.repeat_interleave(c, 0)) for d, h in zip(D, H)]
+
+
+def unit_wise(net, x, other, damping=0.0):
+    """(1/N) sum over units of J' (F_i + rho)^+ J^T, F_i = J_i^T J_i / N with J_i the unit's columns."""
+    total, n = 0.0, len(x)
+    for J, J_other in zip(weight_jacobians(net, x), weight_jacobians(net, other)):
+        for i in range(J.shape[1]):
+            total = total + coefficient(J_other[:, i], J[:, i].T @ J[:, i] / n, J[:, i], n, damping)
+    return total
+
+
+def diagonal(net, x, other, damping=0.0):
+    """(1/N) sum over weights of J'_p J_p^T / (F_pp + rho)."""
+    total, n = 0.0, len(x)
+    for J, J_other in zip(weight_jacobians(net, x), weight_jacobians(net, other)):
+        J, J_other = J.flatten(1), J_other.flatten(1)
+        F = J.square().sum(0) / n + damping
+        total = total + J_other @ torch.where(F > 0, 1 / F, 0.0).diag() @ J.T / n
+    return total
+
+
+def quasi_diagonal(net, x, other, damping=0.0):
+    """Gram-Schmidt of every weight's column against its bias; damping as sqrt(N rho) more rows of J, one a weight."""
+    total, n = 0.0, len(x)
+    for J, J_other in zip(weight_jacobians(net, x), weight_jacobians(net, other)):
+        for i in range(J.shape[1]):
+            bias, bias_other = J[:, i, -1], J_other[:, i, -1]
+            corner = bias @ bias + n * damping
+            total = total + torch.outer(bias_other, bias) / corner if corner > 0 else total
+            for j in range(J.shape[2] - 1):
+                slope = (J[:, i, j] @ bias) / corner if corner > 0 else 0.0
+                column, column_other = J[:, i, j] - slope * bias, J_other[:, i, j] - slope * bias_other
+                size = J[:, i, j] @ J[:, i, j] - slope * (J[:, i, j] @ bias) + n * damping
+                if size > 1e-12 * (J[:, i, j] @ J[:, i, j]):
+                    total = total + torch.outer(column_other, column) / size
+    return total
+
+
+def tridiagonal_kfac(net, x, other, damping):
+    """The chain's precision: inverses of neighbouring pairs minus those of what pairs share; no conditional blocks."""
+    (H, D), n = layer_signals(net, x), len(x)
+    root, depth = damping**0.5, len(H)
+
+    def block(l, k):
+        A, B = H[l].T @ H[k] / n, D[l].T @ D[k] / n
+        if l == k:
+            A, B = A + root * torch.eye(len(A), dtype=A.dtype), B + root * torch.eye(len(B), dtype=B.dtype)
+        return torch.kron(B, A)
+
+    sizes = [H[l].shape[1] * D[l].shape[1] for l in range(depth)]
+    ends = [sum(sizes[: l + 1]) for l in range(depth)]
+    P = torch.zeros(ends[-1], ends[-1], dtype=x.dtype)
+    for l in range(depth - 1):
+        low, high = ends[l] - sizes[l], ends[l + 1]
+        pair = torch.cat(
+            [torch.cat([block(l, l), block(l, l + 1)], 1), torch.cat([block(l + 1, l), block(l + 1, l + 1)], 1)]
+        )
+        P[low:high, low:high] += torch.linalg.inv(pair)
+        if l:
+            P[low : ends[l], low : ends[l]] -= torch.linalg.inv(block(l, l))
+    J, J_other = (torch.cat([b.flatten(1) for b in weight_jacobians(net, z)], 1) for z in (x, other))
+    return J_other @ P @ J.T / n

@@ -157,10 +157,10 @@ def test_nothing_happens_at_import():
 
 
 def test_budget():
-    """Eight modules of at most 300 lines of code, 2,000 in all; imports only from floors below."""
+    """Nine modules of at most 300 lines of code, 2,000 in all; imports only from floors below."""
     import ast
 
-    floors = dict(plotting=4, optim=3, dynamics=3, fisher=2, kernels=1, models=0, data=0, experiment=0)
+    floors = dict(plotting=5, optim=4, dynamics=4, fisher=3, layerwise=2, kernels=1, models=0, data=0, experiment=0)
     total = 0
     for path in sorted((ROOT / "ngdcore").glob("*.py")):
         tree = ast.parse(path.read_text())

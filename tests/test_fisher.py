@@ -2,6 +2,7 @@
 
 import warnings
 
+import dense
 import pytest
 import torch
 from dense import coefficient, jacobian, kfac, layer_signals, layer_wise_fisher, relative
@@ -49,14 +50,14 @@ def test_one_law(name, damping, c, activation, bias_var, parameterization):
     x, other = ngd.data.gaussian(n, 8, seed=1), ngd.data.gaussian(3, 8, seed=2)
     blocks = jacobian(net, x)
     J, J_other = torch.cat(blocks, 1), torch.cat(jacobian(net, other), 1)
-    dense = layer_wise_fisher(blocks, sigma, n)
+    fisher = layer_wise_fisher(blocks, sigma, n)
     sig = ngd.signals(net, x)
     fac = ngd.kernels.empirical(sig)
     g = torch.randn(n * c, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     Q = F.coefficient(fac, damping)
     scale = float(Q.norm() * g.norm())
-    assert relative(Q, coefficient(J, dense, J, n, damping)) < 1e-9
-    assert relative(F.coefficient(fac.cross(other), damping), coefficient(J_other, dense, J, n, damping)) < 1e-9
+    assert relative(Q, coefficient(J, fisher, J, n, damping)) < 1e-9
+    assert relative(F.coefficient(fac.cross(other), damping), coefficient(J_other, fisher, J, n, damping)) < 1e-9
     assert float((push_forward(net, x, F.direction(sig, g, damping)) - Q @ g).norm()) < 1e-10 * scale
 
 
@@ -202,8 +203,8 @@ def test_block_tridiagonal_at_every_depth(depth, c):
         assert relative(F.coefficient(fac, damping), torch.cat(blocks, 1) @ S.T @ v) < 1e-8
         assert relative(F.coefficient(fac.cross(other), damping), J_other @ S.T @ v) < 1e-8
     if depth < 6 and c == 1:
-        dense = torch.linalg.eigvalsh(layer_wise_fisher(blocks, tridiagonal(depth), n)).neg().flip(0)
-        expected = dense[dense > 1e-9]
+        values = torch.linalg.eigvalsh(layer_wise_fisher(blocks, tridiagonal(depth), n)).neg().flip(0)
+        expected = values[values > 1e-9]
         assert relative(F.poles(fac), expected) < 1e-8 if len(expected) else len(F.poles(fac)) == 0
 
 
@@ -233,6 +234,93 @@ def test_single_precision_is_refused_where_nothing_is_left_of_it():
                 F.direction(sig, sig.outputs, damping=1e-12)
         else:
             F.direction(sig, sig.outputs, damping=1e-12)
+
+
+SMALL = {
+    "unit-wise": (ngd.fisher.UnitWise(), dense.unit_wise),
+    "diagonal": (ngd.fisher.Diagonal(), dense.diagonal),
+    "quasi-diagonal": (ngd.fisher.QuasiDiagonal(), dense.quasi_diagonal),
+    "tri-diagonal K-FAC": (ngd.fisher.TridiagonalKFAC(), dense.tridiagonal_kfac),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("widths", [(9, 12, 10), (3, 12, 10), (7, 5, 4)])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_one_law_within_layers(name, widths, c, damping, activation):
+    """Units active or not, more inputs than samples or fewer: the law, and the dense matrix on rows old and new."""
+    F, reference = SMALL[name]
+    if name == "tri-diagonal K-FAC" and not damping:
+        return  # defined with damping only
+    n = 5
+    net = ngd.models.MLP([*widths, c], activation, 1.5, 0.3, seed=3)
+    x, other = ngd.data.gaussian(n, widths[0], seed=1), ngd.data.gaussian(3, widths[0], seed=2)
+    sig = ngd.signals(net, x)
+    fac = ngd.kernels.empirical(sig)
+    g = torch.randn(n * c, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    Q = F.coefficient(fac, damping)
+    assert relative(Q, reference(net, x, x, damping)) < 1e-9
+    assert relative(F.coefficient(fac.cross(other), damping), reference(net, x, other, damping)) < 1e-9
+    pushed = push_forward(net, x, F.direction(sig, g, damping))
+    assert float((pushed - Q @ g).norm()) < 1e-10 * float(Q.norm() * g.norm())
+
+
+def test_unit_wise_counts_active_units():
+    """C = 1 and inputs of full rank: Q is the diagonal of active counts, at finite width; tanh is isotropic."""
+    for activation, n in (("tanh", 10), ("relu", 10)):
+        net, x = ngd.models.MLP([20, 40, 40, 1], activation, seed=0), ngd.data.gaussian(n, 20)
+        sig = ngd.signals(net, x)
+        fac = ngd.kernels.empirical(sig)
+        count = sum((D != 0).sum(1) for D in sig.D).double()
+        assert relative(ngd.fisher.UnitWise().coefficient(fac), count.diag()) < 1e-9
+        assert ngd.fisher.UnitWise().best_alpha(fac) == pytest.approx(float(count.min() + count.max()) / 2, rel=1e-9)
+    fac = ngd.kernels.empirical(ngd.signals(ngd.models.MLP([20, 40, 40, 1], "tanh"), x))
+    assert ngd.fisher.UnitWise().alpha(fac) == pytest.approx(81, rel=1e-9)
+
+
+def test_fishers_within_layers_refuse():
+    fac = ngd.kernels.analytic(ngd.data.sphere(5, 9), depth=3)
+    for F in (f for f, _ in SMALL.values()):
+        with pytest.raises(TypeError, match="needs signals"):
+            F.coefficient(fac, 0.1)
+    sig = ngd.signals(ngd.models.MLP([3, 12, 1], "tanh"), ngd.data.sphere(5, 3))
+    with pytest.raises(ngd.fisher.RankDeficient, match="layer 0's units"):
+        ngd.fisher.UnitWise(rank="raise").direction(sig, sig.outputs)
+    with pytest.raises(ValueError, match="weights and biases"):
+        ngd.fisher.QuasiDiagonal().direction(sig, sig.outputs)
+    with pytest.raises(ValueError, match="damping=0"):
+        ngd.fisher.TridiagonalKFAC().direction(sig, sig.outputs)
+    for F in (f for f, _ in SMALL.values()):
+        with pytest.raises(ValueError, match="g must"):
+            F.direction(sig, torch.ones(3), 0.1)
+
+
+@pytest.mark.parametrize("name", ["exact", "block-diagonal", "block-tridiagonal", "kfac", "unit-wise"])
+def test_weighted_signals_give_the_cross_entropy_fisher(name):
+    """R jvp(direction) = Q g with R^T R = Lambda + eps; for the exact Fisher, (1/N) J^T (Lambda + eps) J, densely."""
+    n, c, eps = 4, 3, 0.05
+    F = {"kfac": ngd.fisher.KFAC(), "unit-wise": ngd.fisher.UnitWise()}.get(name) or FISHERS[name][0]
+    net, x = ngd.models.MLP([12, 20, 20, c], "tanh", 1.5, 0.2, seed=1), ngd.data.gaussian(n, 12)
+    sig = ngd.signals(net, x)
+    p = torch.softmax(sig.outputs, 1)
+    lam = torch.diag_embed(p) - p[:, :, None] * p[:, None, :] + eps * torch.eye(c, dtype=torch.float64)
+    R = torch.linalg.cholesky(lam).mT
+    g = p - torch.eye(c, dtype=torch.float64)[[0, 1, 2, 0]]
+    seen = torch.linalg.solve(R.mT, g[:, :, None])
+    weighted = sig.weighted(R)
+    d = F.direction(weighted, seen)
+    Q = F.coefficient(ngd.kernels.empirical(weighted))
+    pushed = (R @ push_forward(net, x, d).view(n, c, 1)).flatten()
+    assert float((pushed - Q @ seen.flatten()).norm()) < 1e-10 * float(Q.norm() * seen.norm())
+    if name == "exact":
+        J = torch.cat(dense.jacobian(net, x), 1)
+        fisher = J.T @ torch.block_diag(*lam) @ J / n
+        expected = torch.linalg.pinv(fisher, hermitian=True, rtol=1e-11) @ J.T @ g.flatten() / n
+        assert relative(torch.cat([part.flatten() for part in d]), expected) < 1e-8
+    with pytest.raises(ValueError, match="R must"):
+        sig.weighted(R[:, :2])
 
 
 def near_duplicates(distance, dtype):
