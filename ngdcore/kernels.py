@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from scipy.special import roots_hermitenorm
 from torch import Tensor
 
-from .models import Signals, check_matrix
+from .models import ACTIVATIONS, Signals, check_matrix
 
 __all__ = ["Factors", "empirical", "analytic", "arc_cosine_gram"]
 
 TILE = 256  # rows of NC a tile: small enough for the cache, large enough for GEMM at full speed
 WARN_FLOAT32 = 1e6
+NODES, TERMS = 1024, 800  # of the quadrature, of the Hermite series
 
 
 # ---------------------------------------------------------------------------------------------- factors
@@ -196,6 +198,51 @@ DUALS = {
 }
 
 
+def _hermite_dual(phi):
+    r"""The same for any smooth phi, by Gauss-Hermite quadrature along one dimension.
+
+    With the Hermite coefficients :math:`a_k(v) = E\,\phi(\sqrt v z)\,h_k(z)`, at correlation r (Mehler)
+    :math:`E\,\phi\phi' = \sum_k r^k a_k a_k'`, and its derivative in r gives :math:`E\,\phi'\phi'` (Price).
+    """
+    z, w = (torch.from_numpy(a) for a in roots_hermitenorm(NODES))
+    w = w / w.sum()
+    h = [w.sqrt(), z * w.sqrt()]  # h_k times the root of the weight: neither overflows nor loses the product
+    for k in range(1, TERMS):
+        h.append((z * h[k] - k**0.5 * h[k - 1]) / (k + 1) ** 0.5)
+    basis = torch.stack(h, 1) * w.sqrt()[:, None]
+
+    def coefficients(v):
+        values = phi(v.double().reshape(-1, 1).sqrt() * z)
+        a, power = values @ basis, values.square() @ w
+        large = (torch.arange(TERMS + 1) * a.square() > 1e-14 * power[:, None]).any(0).nonzero()
+        if not torch.isfinite(a).all() or len(large) == 0 or large[-1] > TERMS - 8:
+            raise ValueError(
+                "activation is not smooth enough for quadrature at these variances: its Hermite coefficients have not"
+                " decayed; a kink needs a closed form ('relu'), steep smooth functions smaller inputs or weight_var"
+            )
+        return a[:, : int(large[-1]) + 1].to(v), power.to(v).view_as(v)
+
+    def dual(vi, vj, t):
+        (a, pi), (b, pj) = coefficients(vi), coefficients(vj)
+        scale, root = (pi * pj).sqrt(), (vi * vj).sqrt()
+        terms = max(a.shape[1], b.shape[1])
+        a, b = (
+            torch.nn.functional.pad(c / p.reshape(-1, 1).sqrt(), (0, terms - c.shape[1])) for c, p in ((a, pi), (b, pj))
+        )
+        apart, slope, power = torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t)  # 1 - r^k, its sum, r^k
+        spread = torch.zeros_like(t)
+        for k in range(terms):
+            product = a[:, k, None] * b[None, :, k]
+            spread += (a[:, k, None] - b[None, :, k]).square() / 2 + product * apart
+            if k:
+                slope += k * product * power
+                power = power * (1 - t)
+            apart = apart + power * t
+        return spread, scale * slope / root
+
+    return lambda v: coefficients(v)[1], dual
+
+
 class _Analytic(Factors):
     """Factors of an infinitely wide network, by recursion over t = 1 - correlation (exact near coinciding inputs)."""
 
@@ -207,7 +254,7 @@ class _Analytic(Factors):
 
     def _tiles(self, rows, columns, layers):
         depth, activation, weight_var, bias_var, c = self._settings
-        power, dual = DUALS[activation]
+        power, dual = activation
         (u, vi), (w, vj) = self._rows, self._cols
         d = self._x.shape[1]
         t, vi, vj = _one_minus_cosine(u[rows], w[columns]), vi[rows, None] / d, vj[None, columns] / d
@@ -262,12 +309,12 @@ def _one_minus_cosine(u, w):
 def analytic(
     x: Tensor,
     depth: int,
-    activation: str = "relu",
+    activation: str | Callable[[Tensor], Tensor] = "relu",
     weight_var: float = 2.0,
     bias_var: float = 0.0,
     outputs: int = 1,
 ) -> Factors:
-    r"""Factors of an infinitely wide network in the NTK parameterisation, in closed form.
+    r"""Factors of an infinitely wide network in the NTK parameterisation, by recursion.
 
     With :math:`\Sigma_1 = \sigma_w^2 x x^\top/d + \sigma_b^2` and
     :math:`\Sigma_{l+1} = \sigma_w^2\,E[\phi(u)\phi(u')] + \sigma_b^2` for :math:`(u,u') \sim N(0, \Sigma_l)`:
@@ -280,7 +327,8 @@ def analytic(
         Inputs; their dtype and device are kept.
     depth : int
         Weight layers L (a net with two hidden layers has 3).
-    activation : {"relu", "erf", "identity"}
+    activation : {"relu", "erf", "identity", "tanh"} or callable
+        The first three in closed form, tanh and any other smooth elementwise function by Gauss-Hermite quadrature.
     weight_var, bias_var : float
         :math:`\sigma_w^2`, :math:`\sigma_b^2`.
     outputs : int
@@ -294,7 +342,8 @@ def analytic(
     Raises
     ------
     ValueError
-        For an activation without closed form, ``depth < 1``, bad inputs or variances, a row of zeros.
+        For an activation that is unknown or too rough for quadrature, ``depth < 1``, bad inputs or variances, a row of
+        zeros.
 
     Notes
     -----
@@ -312,13 +361,17 @@ def analytic(
     check_matrix("x", x, None, None)
     if not x.is_floating_point():
         raise ValueError(f"x must be of a floating dtype, not {x.dtype}")
-    if activation not in DUALS:
-        raise ValueError(f"activation={activation!r} has no closed form here; use one of {sorted(DUALS)}")
+    phi = ACTIVATIONS[activation]() if activation in ACTIVATIONS else activation
+    if not callable(phi):
+        raise ValueError(
+            f"activation={activation!r} is unknown; use one of {sorted(ACTIVATIONS)} or an elementwise function"
+        )
     if depth < 1 or outputs < 1:
         raise ValueError(f"depth={depth} and outputs={outputs} must be at least 1")
     if not (weight_var > 0 and bias_var >= 0):
         raise ValueError(f"weight_var={weight_var} must be positive and bias_var={bias_var} not negative")
-    return _Analytic(x, depth, activation, float(weight_var), float(bias_var), outputs)
+    dual = DUALS[activation] if activation in DUALS else _hermite_dual(phi)
+    return _Analytic(x, depth, dual, float(weight_var), float(bias_var), outputs)
 
 
 def arc_cosine_gram(x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -417,41 +470,6 @@ def solve_pinv(K, rhs, shift):
     return vectors @ ((vectors.T @ rhs) / values[:, None]), Info(float(values[-1] / values[0]), shift)
 
 
-def solve_general(M, rhs):
-    """Solve M v = rhs by LU; and an estimate of M's condition number, infinite if M is singular."""
-    probe = _probe(len(M), M)
-    v, failed = torch.linalg.solve_ex(M, torch.cat([rhs, probe], 1))
-    condition = float("inf") if failed else float(M.norm() * v[:, -1].norm() * len(M) ** 0.5)
-    return v[:, :-1], condition if condition == condition else float("inf")
-
-
-def solve_block_tridiagonal(grams, shift, rhs):
-    r"""Solve :math:`\sum_{|l'-l| \le 1} K_{l'} v_{l'} + s\,v_l = r` for all l, the v stacked; and a condition estimate.
-
-    Block by block, the block below the diagonal is eliminated by a QR factorisation of the two, which is stable
-    without pivots between blocks; then back-substitution. Time of order :math:`L n^3`, no matrix larger than 2n x 3n.
-    """
-    n, depth = len(rhs), len(grams)
-    eye, zero, probe = torch.eye(n).to(rhs), torch.zeros(n, n).to(rhs), _probe(n * depth, rhs).split(n)
-    grams = [*grams, zero, zero]
-    D, U, b, rows = grams[0] + shift * eye, grams[1], torch.cat([rhs, probe[0]], 1), []
-    for l in range(depth):
-        Q, R = torch.linalg.qr(torch.cat([D, grams[l]]) if l < depth - 1 else D, mode="complete")
-        top = torch.cat([U, zero, b], 1)
-        if l < depth - 1:
-            below = torch.cat([grams[l + 1] + shift * eye, grams[l + 2], rhs, probe[l + 1]], 1)
-            D, U, b = (Q[:, n:].T @ torch.cat([top, below])).split([n, n, b.shape[1]], 1)
-            top = torch.cat([top, below])
-        rows.append((R[:n], *(Q[:, :n].T @ top).split([n, n, rhs.shape[1] + 1], 1)))
-    v = [torch.zeros_like(b), torch.zeros_like(b)]
-    for R, U, W, b in reversed(rows):
-        v.insert(0, torch.linalg.solve_triangular(R, b - U @ v[0] - W @ v[1], upper=True))
-    v = torch.cat(v[:depth])
-    size = sum(K.norm() ** 2 * (3 if 0 < l < depth - 1 else 2) for l, K in enumerate(grams[:depth])) ** 0.5
-    condition = float((size + shift) * v[:, -1].norm() * len(v) ** 0.5)
-    return v[:, :-1], condition if condition == condition else float("inf")
-
-
 def solve_batch(M, rhs, rank, name):
     """Solve a batch of symmetric positive semi-definite systems; empty rows and columns get 0, singular ones `rank`."""
     n, eps, diagonal = M.shape[-1], torch.finfo(M.dtype).eps, M.diagonal(dim1=1, dim2=2)
@@ -465,7 +483,7 @@ def solve_batch(M, rhs, rank, name):
     return torch.linalg.pinv(M, hermitian=True, rtol=n * eps) @ rhs
 
 
-def _probe(n, like):
+def probe(n, like):
     """A random unit column, always the same: the norm of its solution shows the size of an inverse."""
     v = torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
     return v / v.norm()
@@ -473,7 +491,7 @@ def _probe(n, like):
 
 def _condition(K, factor, sweeps: int = 6) -> float:
     """Estimate (from below) of K's (largest) condition number: a few power and inverse iterations on its factor."""
-    top = low = _probe(K.shape[-1], K)
+    top = low = probe(K.shape[-1], K)
     for _ in range(sweeps):
         top = K @ top
         largest = top.norm(dim=-2, keepdim=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .kernels import Factors, Info, RankDeficient, empirical, solve_block_tridiagonal, solve_general, solve_spd
+from .kernels import Factors, Info, RankDeficient, empirical, probe, solve_spd
 from .models import Signals
 
 __all__ = ["Fisher", "Exact", "LayerWise", "BlockDiagonal", "BlockTridiagonal"]
@@ -433,6 +433,41 @@ class BlockTridiagonal(LayerWise):
         grams, shift = [factors.layer(l) for l in range(factors.depth)], factors.columns * damping
         v, condition = solve_block_tridiagonal(grams, shift, rhs)
         return self._away_from_poles(factors, damping, v, condition)
+
+
+def solve_general(M, rhs):
+    """Solve M v = rhs by LU; and an estimate of M's condition number, infinite if M is singular."""
+    trial = probe(len(M), M)
+    v, failed = torch.linalg.solve_ex(M, torch.cat([rhs, trial], 1))
+    condition = float("inf") if failed else float(M.norm() * v[:, -1].norm() * len(M) ** 0.5)
+    return v[:, :-1], condition if condition == condition else float("inf")
+
+
+def solve_block_tridiagonal(grams, shift, rhs):
+    r"""Solve :math:`\sum_{|l'-l| \le 1} K_{l'} v_{l'} + s\,v_l = r` for all l, the v stacked; and a condition estimate.
+
+    Block by block, the block below the diagonal is eliminated by a QR factorisation of the two, which is stable
+    without pivots between blocks; then back-substitution. Time of order :math:`L n^3`, no matrix larger than 2n x 3n.
+    """
+    n, depth = len(rhs), len(grams)
+    eye, zero, trial = torch.eye(n).to(rhs), torch.zeros(n, n).to(rhs), probe(n * depth, rhs).split(n)
+    grams = [*grams, zero, zero]
+    D, U, b, rows = grams[0] + shift * eye, grams[1], torch.cat([rhs, trial[0]], 1), []
+    for l in range(depth):
+        Q, R = torch.linalg.qr(torch.cat([D, grams[l]]) if l < depth - 1 else D, mode="complete")
+        top = torch.cat([U, zero, b], 1)
+        if l < depth - 1:
+            below = torch.cat([grams[l + 1] + shift * eye, grams[l + 2], rhs, trial[l + 1]], 1)
+            D, U, b = (Q[:, n:].T @ torch.cat([top, below])).split([n, n, b.shape[1]], 1)
+            top = torch.cat([top, below])
+        rows.append((R[:n], *(Q[:, :n].T @ top).split([n, n, rhs.shape[1] + 1], 1)))
+    v = [torch.zeros_like(b), torch.zeros_like(b)]
+    for R, U, W, b in reversed(rows):
+        v.insert(0, torch.linalg.solve_triangular(R, b - U @ v[0] - W @ v[1], upper=True))
+    v = torch.cat(v[:depth])
+    size = sum(K.norm() ** 2 * (3 if 0 < l < depth - 1 else 2) for l, K in enumerate(grams[:depth])) ** 0.5
+    condition = float((size + shift) * v[:, -1].norm() * len(v) ** 0.5)
+    return v[:, :-1], condition if condition == condition else float("inf")
 
 
 def check_solver(rank, jitter):

@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "TwoLayerReLU", "DeepLinear", "Linear", "Erf", "ACTIVATIONS", "Signals", "signals"]
+__all__ = ["MLP", "TwoLayerReLU", "DeepLinear", "Linear", "Erf", "ShiftedReLU", "ACTIVATIONS", "Signals", "signals"]
 
 
 class Erf(nn.Module):
@@ -32,10 +32,33 @@ class Erf(nn.Module):
         return torch.erf(u)
 
 
+class ShiftedReLU(nn.Module):
+    r"""A ReLU with a threshold, :math:`\phi(u) = \max(u - s, 0)`, elementwise.
+
+    At pre-activation variance q a unit is active with probability :math:`\frac12(1 - \mathrm{erf}(s/\sqrt{2q}))`.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> ngd.models.ShiftedReLU(1.0)(torch.tensor([0.5, 3.0]))
+    tensor([0., 2.])
+    """
+
+    def __init__(self, shift: float = 0.0):
+        super().__init__()
+        self.shift = float(shift)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.relu(u - self.shift)
+
+    def extra_repr(self) -> str:
+        return f"shift={self.shift:g}"
+
+
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "erf": Erf, "identity": nn.Identity}
 ELEMENTWISE = (
-    nn.ReLU, nn.Tanh, nn.Identity, Erf, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU,
-    nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Mish, nn.Hardswish,
+    nn.ReLU, nn.Tanh, nn.Identity, Erf, ShiftedReLU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU,
+    nn.LeakyReLU, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Mish, nn.Hardswish,
 )  # fmt: skip
 
 
@@ -91,7 +114,8 @@ class MLP(nn.Sequential):
     ----------
     widths : sequence of int
         Input size, hidden widths, number of outputs: ``[784, 4096, 4096, 1]`` has three weight matrices.
-    activation : {"relu", "tanh", "erf", "identity"}
+    activation : {"relu", "tanh", "erf", "identity"} or nn.Module
+        A name, or an elementwise module such as ``ShiftedReLU(0.5)``, used after every hidden layer.
     weight_var, bias_var : float
         :math:`\sigma_w^2 > 0` and :math:`\sigma_b^2 \ge 0`.
     parameterization : {"ntk", "standard"}
@@ -124,7 +148,7 @@ class MLP(nn.Sequential):
     def __init__(
         self,
         widths: Sequence[int],
-        activation: str = "relu",
+        activation: str | nn.Module = "relu",
         weight_var: float = 2.0,
         bias_var: float = 0.0,
         parameterization: str = "ntk",
@@ -134,8 +158,8 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
     ):
         widths = _check_widths(widths)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is unknown; use one of {sorted(ACTIVATIONS)}")
+        if not (isinstance(activation, nn.Module) or activation in ACTIVATIONS):
+            raise ValueError(f"activation={activation!r} is unknown; use one of {sorted(ACTIVATIONS)} or a module")
         if parameterization not in ("ntk", "standard"):
             raise ValueError(f"parameterization={parameterization!r} is unknown; use 'ntk' or 'standard'")
         if not (weight_var > 0 and bias_var >= 0):
@@ -153,7 +177,7 @@ class MLP(nn.Sequential):
                 _fill(layer.bias, _normal((fan_out,), generator) * (1.0 if ntk else shift))
             self.append(layer)
             if l < len(widths) - 2:
-                self.append(ACTIVATIONS[activation]())
+                self.append(activation if isinstance(activation, nn.Module) else ACTIVATIONS[activation]())
 
 
 class TwoLayerReLU(nn.Sequential):

@@ -101,11 +101,12 @@ def test_float32_follows_float64():
         assert relative(K32.double(), K64) < 1e-5
 
 
-@pytest.mark.parametrize("activation", ["relu", "erf", "identity"])
+@pytest.mark.parametrize("activation", ["relu", "erf", "identity", "tanh"])
 @pytest.mark.parametrize(("bias_var", "outputs"), [(0.0, 1), (0.2, 2)])
 def test_analytic_is_the_wide_limit(activation, bias_var, outputs):
     """Deviation falls like width^-1/2: slope of the log of the mean over seeds, with its standard error."""
     x, widths = ngd.data.gaussian(5, 4, seed=1), (32, 128, 512)
+    x = x / 2 if activation == "tanh" else x  # variances that the quadrature takes
     limit = ngd.kernels.analytic(x, 3, activation, 1.8, bias_var, outputs)
     errors = torch.zeros(12, len(widths), dtype=torch.float64)
     for seed in range(12):
@@ -261,10 +262,56 @@ def test_signals_and_factors_refuse_misuse():
         ngd.kernels.empirical(x)
 
 
+def test_quadrature_agrees_with_closed_forms():
+    """erf by its Hermite series against its closed form: coinciding, nearly coinciding and opposite rows included."""
+    x = ngd.data.sphere(20, 8)
+    x = torch.cat([x, x[:3] + 1e-7 * ngd.data.sphere(3, 8, seed=5), x[:2], -x[:1]])
+    x = x * torch.linspace(0.5, 3.0, len(x), dtype=torch.float64)[:, None]
+    for bias_var in (0.0, 0.3):
+        closed, series = (ngd.kernels.analytic(x, 4, phi, 1.5, bias_var) for phi in ("erf", torch.erf))
+        for l in range(4):
+            assert relative(series.layer(l), closed.layer(l)) < 1e-11
+        other = ngd.data.gaussian(3, 8)
+        assert relative(series.cross(other).gram(), closed.cross(other).gram()) < 1e-11
+
+
+def test_tanh_by_quadrature():
+    """Against a two-dimensional quadrature by another library, layer by layer."""
+    from numpy.polynomial.hermite_e import hermegauss
+
+    x = 1.2 * ngd.data.sphere(4, 5)
+    fac = ngd.kernels.analytic(x, 3, "tanh", 1.8, 0.2)
+    z, w = hermegauss(90)
+    w = np.outer(w, w).ravel() / w.sum() ** 2
+    u, v = (a.ravel() for a in np.meshgrid(z, z))
+    cov, slopes, A = 1.8 * (x @ x.T).numpy() / 5 + 0.2, [], []
+    for l in range(3):
+        A.append(cov)
+        mean, slope = np.zeros((4, 4)), np.zeros((4, 4))
+        for i in range(4):
+            for j in range(4):
+                root = np.linalg.cholesky(np.array([[cov[i, i], cov[i, j]], [cov[i, j], cov[j, j] * (1 + 1e-13)]]))
+                s, t = root[0, 0] * u, root[1, 0] * u + root[1, 1] * v
+                mean[i, j] = w @ (np.tanh(s) * np.tanh(t))
+                slope[i, j] = w @ (1 / np.cosh(s) ** 2 / np.cosh(t) ** 2)
+        slopes.append(1.8 * slope)
+        cov = 1.8 * mean + 0.2
+    B = [slopes[0] * slopes[1], slopes[1], np.ones((4, 4))]
+    for l in range(3):
+        assert relative(fac.layer(l), torch.from_numpy(A[l] * B[l])) < 1e-6
+
+
+def test_quadrature_refuses_kinks_and_saturation():
+    x = ngd.data.sphere(3, 4)
+    for phi, scale in ((ngd.models.ShiftedReLU(0.5), 1.0), ("tanh", 100.0), (lambda u: u * float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="not smooth enough"):
+            ngd.kernels.analytic(scale * x, 3, phi).gram()
+
+
 def test_analytic_refuses():
     x = ngd.data.gaussian(3, 2)
     for kwargs, says in (
-        (dict(activation="tanh"), "closed form"),
+        (dict(activation="step"), "unknown"),
         (dict(depth=0), "at least 1"),
         (dict(weight_var=0.0), "positive"),
         (dict(bias_var=-1.0), "negative"),
