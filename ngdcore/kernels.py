@@ -212,7 +212,7 @@ def _hermite_dual(phi):
     basis = torch.stack(h, 1) * w.sqrt()[:, None]
 
     def coefficients(v):
-        values = phi(v.double().reshape(-1, 1).sqrt() * z)
+        values = phi(v.double().cpu().reshape(-1, 1).sqrt() * z)
         a, power = values @ basis, values.square() @ w
         large = (torch.arange(TERMS + 1) * a.square() > 1e-14 * power[:, None]).any(0).nonzero()
         if not torch.isfinite(a).all() or len(large) == 0 or large[-1] > TERMS - 8:

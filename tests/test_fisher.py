@@ -520,3 +520,43 @@ def test_a_bad_layer_in_a_stack_is_found():
         ngd.fisher.KFAC(rank="raise").direction(sig, sig.outputs)
     d = ngd.fisher.KFAC().direction(sig, sig.outputs)
     assert relative(push_forward(net, x, d), kfac(net, x, x) @ sig.outputs.flatten()) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; runs where torch.cuda.is_available()")
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("name", [*FISHERS, *SMALL, "kfac", "deep-linear"])
+def test_cuda_follows_the_cpu(name, damping):
+    """Directions and coefficients, train and test rows, from signals on the GPU and on the CPU."""
+    F = {"kfac": ngd.fisher.KFAC(), "deep-linear": ngd.fisher.DeepLinearExact()}.get(name) or {**FISHERS, **SMALL}[
+        name
+    ][0]
+    if (name == "tri-diagonal K-FAC" and not damping) or (name == "deep-linear" and damping):
+        return
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        net = ngd.models.MLP([9, 12, 10, 2], "tanh", 1.5, 0.3, seed=3, device=device)
+        if name == "deep-linear":
+            net = ngd.models.DeepLinear([9, 7, 8, 2], seed=3, device=device)
+        x, other = ngd.data.gaussian(5, 9, seed=1).to(device), ngd.data.gaussian(3, 9, seed=2).to(device)
+        sig = ngd.signals(net, x)
+        fac = ngd.kernels.empirical(sig)
+        d = F.direction(sig, sig.outputs, damping)
+        parts = [*d, F.coefficient(fac, damping), F.coefficient(fac.cross(other), damping)]
+        assert all(part.device.type == device for part in parts)
+        outcomes.append(torch.cat([part.detach().cpu().flatten() for part in parts]))
+    assert relative(outcomes[1], outcomes[0]) < 1e-8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; runs where torch.cuda.is_available()")
+def test_cuda_analytic_and_sampled():
+    for activation in ("relu", "erf", "tanh"):
+        on_cpu, on_gpu = (
+            ngd.kernels.analytic(ngd.data.sphere(300, 9).to(device), 3, activation, outputs=1)
+            for device in ("cpu", "cuda")
+        )
+        assert relative(on_gpu.gram().cpu(), on_cpu.gram()) < 1e-11
+        assert ngd.fisher.BlockTridiagonal().poles(on_gpu).device.type == "cuda"
+    net = ngd.models.MLP([9, 12, 10, 2], "tanh", device="cuda")
+    sig = ngd.signals(net, ngd.data.gaussian(50, 9).cuda(), lazy=True)
+    d = ngd.fisher.KFAC(samples=2).direction(sig, sig.outputs, 0.01)
+    assert all(torch.isfinite(part).all() and part.is_cuda for part in d)
