@@ -303,8 +303,10 @@ def run(
     net = opt.net if natural else net
     if net is None:
         raise ValueError("net is needed with a torch.optim optimizer: run(opt, x, y, steps, net=net)")
-    if steps < 0 or len(x) != len(y) or not 1 <= (batch_size or len(x)) <= len(x):
-        raise ValueError(f"steps={steps}, batch_size={batch_size} and {len(x)} inputs with {len(y)} targets do not fit")
+    if steps < 0 or every < 1 or len(x) != len(y) or not 1 <= (batch_size or len(x)) <= len(x):
+        raise ValueError(
+            f"steps={steps}, every={every}, batch_size={batch_size} and {len(x)} inputs, {len(y)} targets do not fit"
+        )
     batches, seconds = _batches(len(x), batch_size, seed), 0.0
     for k in tqdm(range(steps + 1), disable=not progress, leave=False):
         rows = next(batches)
