@@ -374,7 +374,7 @@ def _normalise(x, norm):
 def _targets(labels, classes):
     if len(classes) == 2:
         return torch.where(labels == classes[0], 1.0, -1.0).double()[:, None]
-    return (labels[:, None] == torch.tensor(classes)).double()
+    return (labels[:, None] == torch.tensor(classes, device=labels.device)).double()
 
 
 def sphere(
