@@ -208,6 +208,14 @@ def test_block_tridiagonal_at_every_depth(depth, c):
         assert relative(F.poles(fac), expected) < 1e-8 if len(expected) else len(F.poles(fac)) == 0
 
 
+def test_pole_bands_of_digits():
+    """Zeros and ones of MNIST, first 100 rows, standardised, unit rows: where damping must not lie, L = 3, 5, 8."""
+    x = ngd.data.mnist(classes=(0, 1), n_train=100, n_test=1, norm="unit", standardize=True).x
+    for depth, low, high in ((3, 5.12e-7, 3.56e-4), (5, 2.39e-6, 7.00e-4), (8, 1.85e-6, 9.93e-4)):
+        poles = ngd.fisher.BlockTridiagonal().poles(ngd.kernels.analytic(x, depth))
+        assert (float(poles[0]), float(poles[-1])) == pytest.approx((low, high), rel=0.005)
+
+
 def test_all_ones_is_the_exact_fisher_and_a_bad_singular_sigma_is_refused():
     fac = ngd.kernels.analytic(ngd.data.sphere(5, 9), depth=3)
     other = ngd.data.sphere(3, 9, seed=1)

@@ -167,6 +167,16 @@ def test_analytic_relu_near_coinciding_inputs(bias_var):
             assert abs(float(K[i, j]) - _exact_relu_ntk(x, i, j, 3, 2.0, bias_var)) < tolerance
 
 
+def test_analytic_relu_at_scale():
+    """N = 5000, depth 3: sampled entries, and all those of coinciding and nearly coinciding rows, to 1e-9."""
+    x = ngd.data.sphere(4990, 50)
+    x = torch.cat([x, x[:5], x[5:10] + 1e-8 * ngd.data.sphere(5, 50, seed=3)])
+    K = ngd.kernels.analytic(x, 3).gram()
+    picked = torch.randint(0, 5000, (30, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for i, j in picked + [(k, 4990 + k) for k in range(10)] + [(k, k) for k in (0, 4999)]:
+        assert abs(float(K[i, j]) - _exact_relu_ntk(x, i, j, 3, 2.0, 0.0)) < 1e-12
+
+
 def test_arc_cosine_gram():
     x, other = ngd.data.sphere(6, 4), ngd.data.gaussian(3, 4, seed=1)
     for rows, columns, G in ((x, x, ngd.kernels.arc_cosine_gram(x)), (other, x, ngd.kernels.arc_cosine_gram(other, x))):
