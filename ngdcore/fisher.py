@@ -123,7 +123,8 @@ class KFAC(Fisher):
                 slope = float("nan")
                 layers[ls[0]] = self._few(ls[0], few_a, few_b, g, sig, E, S, r, root, factors, solved)
             else:
-                H, e, s = (torch.stack([parts[l] for l in ls]) for parts in (sig.H, E, S))
+                one = len(ls) == 1  # a stack of one is a view, no copy
+                H, e, s = (p[ls[0]][None] if one else torch.stack([p[l] for l in ls]) for p in (sig.H, E, S))
                 G = e.mT @ H / sig.n
                 half = solved(s.mT @ s / r, self.variance * root, G)
                 step = solved(H.mT @ H / sig.n, root, half.mT).mT
