@@ -16,7 +16,7 @@ COLORS = {
     "block-diagonal": _base[2],
     "block-tridiagonal": _base[4],
     "k-fac": _base[1],
-    "unit-wise": _base[8],
+    "unit-wise": (0.62, 0.5, 0.0),  # the palette's yellow, darker: it must show on white
     "adam": _base[9],
     "theory": (0.15, 0.15, 0.15),
     "target": _base[3],
