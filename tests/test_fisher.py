@@ -20,6 +20,10 @@ FISHERS = {
     "layer-wise": (ngd.fisher.LayerWise(SIGMA), SIGMA),
     "indefinite": (ngd.fisher.LayerWise(INDEFINITE), INDEFINITE),
     "block-diagonal": (ngd.fisher.BlockDiagonal(), torch.eye(3)),
+    "weighted blocks": (
+        ngd.fisher.LayerWise([[2.0, 0, 0], [0, 0.5, 0], [0, 0, 3.0]]),
+        torch.tensor([2.0, 0.5, 3.0]).diag(),
+    ),
     "singular": (ngd.fisher.LayerWise(PAIR), PAIR),
     "block-tridiagonal": (ngd.fisher.BlockTridiagonal(), INDEFINITE),
 }
