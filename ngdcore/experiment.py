@@ -73,7 +73,13 @@ def settings(quick: dict, paper: dict | None = None) -> Settings:
 
 
 def device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
+    """The first GPU if there is one, else the CPU.
+
+    Examples
+    --------
+    >>> device().type in ("cpu", "cuda")
+    True
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -207,7 +213,13 @@ def verdict(claim: dict, rows: list[dict]) -> str:
 
 
 def harvest(notebook: dict) -> tuple[list[dict], dict]:
-    """Ledger rows, and what `save` kept, from the outputs of an executed notebook (as parsed JSON)."""
+    """Ledger rows, and what `save` kept, from the outputs of an executed notebook (as parsed JSON).
+
+    Examples
+    --------
+    >>> harvest({"cells": [{"outputs": [{"metadata": {"ngd_saved": {"loss": [1.0]}}}]}]})
+    ([], {'loss': [1.0]})
+    """
     rows, saved = [], {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
@@ -218,13 +230,24 @@ def harvest(notebook: dict) -> tuple[list[dict], dict]:
 
 
 def save(**values) -> None:
-    """Keep numbers or arrays of a run with the notebook; ``python -m ngdcore record`` writes them to data/recorded/."""
+    """Keep numbers or arrays of a run with the notebook; ``python -m ngdcore record`` writes them to data/recorded/.
+
+    Examples
+    --------
+    >>> save(loss=[1.0, 0.5])
+    """
     kept = {name: _numbers(value).tolist() for name, value in values.items()}
     _display(f"saved: {', '.join(kept)}", None, {"ngd_saved": kept})
 
 
 def recorded(chapter: str) -> dict | None:
-    """The recorded run of a chapter (rows, saved values, device, versions, seconds), or None if there is none yet."""
+    """The recorded run of a chapter (rows, saved values, device, versions, seconds), or None if there is none yet.
+
+    Examples
+    --------
+    >>> recorded("00_no_such_chapter") is None
+    True
+    """
     packaged = resources.files("ngdcore") / "_data" / "recorded" / f"{chapter}.json"
     checkout = Path(__file__).parent.parent / "data" / "recorded" / f"{chapter}.json"
     for path in (checkout, packaged):
@@ -234,7 +257,12 @@ def recorded(chapter: str) -> dict | None:
 
 
 def glue(name: str, value) -> None:
-    """Make ``value`` available to the prose as ``{glue:text}`name```; outside the book it does nothing visible."""
+    """Make ``value`` available to the prose as ``{glue:text}`name```; outside the book it does nothing visible.
+
+    Examples
+    --------
+    >>> glue("speed", f"{1.234:.2f}")
+    """
     prefix = "application/papermill.record/"
     _publish({f"{prefix}text/plain": str(value)}, {"scrapbook": {"name": name, "mime_prefix": prefix}})
 

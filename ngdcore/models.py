@@ -337,6 +337,13 @@ class Signals:
     -----
     Row :math:`(n, c)` of layer l's Jacobian is :math:`D_l[nc] \otimes H_l[n]`. `jvp` and `vjp` use it without ever
     forming it.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> sig.n, sig.c, [tuple(D.shape) for D in sig.D]
+    (3, 2, [(6, 4), (6, 2)])
     """
 
     net: nn.Module

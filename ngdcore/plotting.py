@@ -40,24 +40,44 @@ def style() -> None:
 
 
 def theory(ax, x, y, key: str = "theory", label: str | None = None, **kwargs):
-    """Draw a predicted curve: a line in the colour of ``key``."""
+    """Draw a predicted curve: a line in the colour of ``key``.
+
+    Examples
+    --------
+    >>> line = theory(plt.figure().gca(), [0, 1, 2], [1.0, 0.5, 0.25], "ngd")
+    """
     return ax.plot(_array(x), _array(y), "-", color=COLORS[key], label=label, zorder=1, **kwargs)
 
 
 def runs(ax, x, y, key: str, label: str | None = None, **kwargs):
-    """Draw a measured run: dots in the colour of ``key``."""
+    """Draw a measured run: dots in the colour of ``key``.
+
+    Examples
+    --------
+    >>> dots = runs(plt.figure().gca(), [0, 1, 2], [1.0, 0.6, 0.3], "ngd")
+    """
     return ax.plot(_array(x), _array(y), "o", color=COLORS[key], label=label, ms=4.5, mec="white", mew=0.5, **kwargs)
 
 
 def band(ax, x, ys, key: str, label: str | None = None):
-    """Draw several runs, (seeds, points): the median as dots on a thin line, smallest to largest as a band."""
+    """Draw several runs, (seeds, points): the median as dots on a thin line, smallest to largest as a band.
+
+    Examples
+    --------
+    >>> dots = band(plt.figure().gca(), [0, 1], [[1.0, 0.6], [1.1, 0.5]], "gd")
+    """
     x, ys = _array(x), _array(ys)
     ax.fill_between(x, ys.min(0), ys.max(0), color=COLORS[key], alpha=0.2, lw=0)
     return ax.plot(x, np.median(ys, 0), "o-", color=COLORS[key], label=label, ms=4.5, lw=0.9, mec="white", mew=0.5)
 
 
 def heatmap(ax, matrix, label: str, **kwargs):
-    """Draw a matrix with a diverging map centred at zero and a labelled colour bar."""
+    """Draw a matrix with a diverging map centred at zero and a labelled colour bar.
+
+    Examples
+    --------
+    >>> heatmap(plt.figure().gca(), [[1.0, -0.2], [-0.2, 1.0]], "Q")
+    """
     matrix = _array(matrix)
     top = np.abs(matrix).max()
     sns.heatmap(
@@ -88,6 +108,11 @@ def interactive(figure, alt: str):
     figure : plotly.graph_objects.Figure
     alt : str
         What a reader who cannot see it should know: both axes, and what changes.
+
+    Examples
+    --------
+    >>> import plotly.graph_objects as go
+    >>> shown = interactive(go.Figure(go.Scatter(y=[1, 2])), "A line: value (vertical axis) against step.")
     """
     figure.update_layout(
         template="simple_white", height=440, margin=dict(l=60, r=15, t=40, b=50), font=dict(size=13),
