@@ -1,13 +1,17 @@
-"""How fast the factored engine is, measured against what the machine's matrix product can do at best.
+"""How fast the factored engine is, measured against what the machine's matrix product
+can do at best.
 
-    python benchmarks/engine.py            the workloads below, and torch.func's dense Jacobian where it fits
-    python benchmarks/engine.py --check    exit 1 unless the Gram (N = 500) and the K-FAC step (N = 1000) of
-                                           784-4096-4096-1, both in float32, are within 1/0.7 of that rate, and one
-                                           natural-gradient update of the deep autoencoder costs at most 4.5 gradients
+    python benchmarks/engine.py            the workloads below, and torch.func's dense
+    Jacobian where it fits python benchmarks/engine.py --check    exit 1 unless the Gram
+    (N = 500) and the K-FAC step (N = 1000) of
+                                           784-4096-4096-1, both in float32, are within
+                                           1/0.7 of that rate, and one natural-gradient
+                                           update of the deep autoencoder costs at most
+                                           4.5 gradients
 
-A workload's floor is its count of floating-point operations, symmetry not used, over the best GEMM rate found on the
-shapes it multiplies (same dtype and threads, the two interleaved, minima over the repeats).
-"""
+A workload's floor is its count of floating-point operations, symmetry not used, over
+the best GEMM rate found on the shapes it multiplies (same dtype and threads, the two
+interleaved, minima over the repeats)."""
 
 import argparse
 import sys
@@ -32,9 +36,13 @@ def shapes(widths, n, c):
 
 
 def step_shapes(widths, n, c):
-    """The same for a K-FAC step from the sample side: Gram work, factor solves, and the products back to weights."""
+    """The same for a K-FAC step from the sample side: Gram work, factor solves, and the
+    products back to weights.
+    """
     back = [p for a, b in zip(widths, widths[1:]) for p in ((n, n * c, b), (b, n, a))]
-    solves = [(n, n, n)] * (2 * len(widths) - 3)  # two triangular solves with n columns a factor; the last D is tiny
+    solves = [(n, n, n)] * (
+        2 * len(widths) - 3
+    )  # two triangular solves with n columns a factor; the last D is tiny
     return shapes(widths, n, c) + back + solves
 
 
@@ -56,72 +64,117 @@ def kfac_step(net, x):
     buffers, g = [None], torch.ones(len(x), net[-1].out_features, dtype=x.dtype)
 
     def step():
-        buffers[0], _ = ngd.fisher.KFAC().solve(ngd.signals(net, x), g, 1e-6, buffers[0])
+        buffers[0], _ = ngd.fisher.KFAC().solve(
+            ngd.signals(net, x), g, 1e-6, buffers[0]
+        )
 
     return step
 
 
 def measure(workload, products, widths, n, repeats, dtype=torch.float32):
     """Best seconds of the workload, best GEMM rate, interleaved."""
-    run = workload(ngd.models.MLP(widths, dtype=dtype), ngd.data.gaussian(n, widths[0], dtype=dtype))
+    run = workload(
+        ngd.models.MLP(widths, dtype=dtype),
+        ngd.data.gaussian(n, widths[0], dtype=dtype),
+    )
     large = sorted(set(products), key=lambda s: -s[0] * s[1] * s[2])[:3]
-    operands = [(torch.randn(a, b, dtype=dtype), torch.randn(b, d, dtype=dtype)) for a, b, d in large]
+    operands = [
+        (torch.randn(a, b, dtype=dtype), torch.randn(b, d, dtype=dtype))
+        for a, b, d in large
+    ]
     times, rates = [], []
     for _ in range(repeats):
         times.append(seconds(run))
-        rates += [flops([shape]) / seconds(lambda a=a, b=b: a @ b) for shape, (a, b) in zip(large, operands)]
+        rates += [
+            flops([shape]) / seconds(lambda a=a, b=b: a @ b)
+            for shape, (a, b) in zip(large, operands)
+        ]
     return min(times), max(rates), flops(products)
 
 
 def dense(widths, n):
     """The same Gram through torch.func.jacrev."""
-    net, x = ngd.models.MLP(widths, dtype=torch.float32), ngd.data.gaussian(n, widths[0], dtype=torch.float32)
+    net, x = (
+        ngd.models.MLP(widths, dtype=torch.float32),
+        ngd.data.gaussian(n, widths[0], dtype=torch.float32),
+    )
     params = {k: p.detach() for k, p in net.named_parameters()}
 
     def gram():
-        J = jacrev(lambda p: functional_call(net, p, (x,)).flatten(), chunk_size=50)(params)
+        J = jacrev(lambda p: functional_call(net, p, (x,)).flatten(), chunk_size=50)(
+            params
+        )
         return sum(j.flatten(1) @ j.flatten(1).T for j in J.values())
 
     return seconds(gram)
 
 
 def autoencoder(n, repeats):
-    """Best seconds, on one thread, of a batch's gradient and of a whole update: sampled K-FAC, adaptive damping."""
+    """Best seconds, on one thread, of a batch's gradient and of a whole update: sampled
+    K-FAC, adaptive damping.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    net = ngd.models.MLP(AUTOENCODER, "tanh", 1.0, parameterization="standard", bias=True, dtype=torch.float32)
+    net = ngd.models.MLP(
+        AUTOENCODER,
+        "tanh",
+        1.0,
+        parameterization="standard",
+        bias=True,
+        dtype=torch.float32,
+    )
     x = torch.rand(n, AUTOENCODER[0], generator=torch.Generator().manual_seed(0))
-    opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(samples=1, variance=100.0), 1 / 8, ngd.optim.Adaptive(1e-4))
+    opt = ngd.optim.NaturalGradient(
+        net, ngd.fisher.KFAC(samples=1, variance=100.0), 1 / 8, ngd.optim.Adaptive(1e-4)
+    )
 
     def gradient():
         opt.zero_grad()
         ngd.optim.half_mse(net(x), x).backward()
 
-    times = [(seconds(gradient), seconds(lambda: opt.step(x, x))) for _ in range(repeats)]
+    times = [
+        (seconds(gradient), seconds(lambda: opt.step(x, x))) for _ in range(repeats)
+    ]
     torch.set_num_threads(threads)
     return [min(column) for column in zip(*times)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     wide = [784, 4096, 4096, 1]
-    cases = [("Gram", gram, shapes, wide, 500), ("K-FAC step", kfac_step, step_shapes, wide, 1000)]
+    cases = [
+        ("Gram", gram, shapes, wide, 500),
+        ("K-FAC step", kfac_step, step_shapes, wide, 1000),
+    ]
     if not options.check:
-        cases += [("Gram", gram, shapes, [784, 1024, 1024, 1], 500), ("Gram", gram, shapes, [784, 1024, 1024, 10], 200)]
+        cases += [
+            ("Gram", gram, shapes, [784, 1024, 1024, 1], 500),
+            ("Gram", gram, shapes, [784, 1024, 1024, 10], 200),
+        ]
     worst = 0.0
     for name, workload, count, widths, n in cases:
-        best, rate, total = measure(workload, count(widths, n, widths[-1]), widths, n, options.repeats)
+        best, rate, total = measure(
+            workload, count(widths, n, widths[-1]), widths, n, options.repeats
+        )
         ratio = best * rate / total
         worst = max(worst, ratio)
         cost = f"{best:.3f} s for {total / 1e9:.1f} GFLOP"
-        print(f"{name} {'-'.join(map(str, widths))}, N={n}: {cost}; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}")
+        print(
+            f"{name} {'-'.join(map(str, widths))}, N={n}: {cost}; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}"
+        )
     gradient, update = autoencoder(1000, options.repeats)
-    print(f"Autoencoder, N=1000: gradient {gradient:.3f} s, update {update:.3f} s; ratio {update / gradient:.2f}")
+    print(
+        f"Autoencoder, N=1000: gradient {gradient:.3f} s, update {update:.3f} s; ratio {update / gradient:.2f}"
+    )
     if not options.check:
-        print(f"torch.func.jacrev, 784-1024-1024-1, N=100: {dense([784, 1024, 1024, 1], 100):.2f} s")
+        print(
+            f"torch.func.jacrev, 784-1024-1024-1, N=100: {dense([784, 1024, 1024, 1], 100):.2f} s"
+        )
     return int(options.check and (worst > LIMIT or update > UPDATE_LIMIT * gradient))
 
 

@@ -17,11 +17,22 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-__all__ = ["mnist", "fashion_mnist", "cifar10", "sphere", "gaussian", "forster", "DataSet", "DataError"]
+__all__ = [
+    "mnist",
+    "fashion_mnist",
+    "cifar10",
+    "sphere",
+    "gaussian",
+    "forster",
+    "DataSet",
+    "DataError",
+]
 
 
 class DataError(RuntimeError):
-    """A data file is missing, truncated or altered, and no other source has it; the message names file and remedy."""
+    """A data file is missing, truncated or altered, and no other source has it; the
+    message names file and remedy.
+    """
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class DataSet:
     ----------
     x, x_test : Tensor, (N, d)
     y, y_test : Tensor, (N, C)
-        Two classes: one column, +1 for the first class named and -1 for the second. Otherwise one-hot rows.
+        Two classes: one column, +1 for the first class named and -1 for the second.
+        Otherwise one-hot rows.
     labels, labels_test : Tensor, (N,)
         The original class labels.
     source : str
@@ -64,7 +76,8 @@ _SHA256 = {  # of the uncompressed bytes; of images and labels one after the oth
     "cifar10/test2000": "06baf16b384385cd0f50366c98204489db54dd3a0cd51a5611155f675b2a8eb4",
     _CIFAR: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
 }
-# data set, split: where rows come from, smallest source first (how to call it, file, rows of the file)
+# data set, split: where rows come from, smallest source first (how to call it, file,
+# rows of the file)
 _SOURCES = {
     ("mnist", "train"): [
         ("MNIST, first rows that ship", "mnist/train-first10240", slice(None)),
@@ -74,8 +87,12 @@ _SOURCES = {
         ("MNIST, first rows that ship", "mnist/t10k-first5000", slice(None)),
         ("MNIST, all rows", "mnist/t10k", slice(None)),
     ],
-    ("fashion-mnist", "train"): [("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(0, 8000))],
-    ("fashion-mnist", "test"): [("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(8000, None))],
+    ("fashion-mnist", "train"): [
+        ("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(0, 8000))
+    ],
+    ("fashion-mnist", "test"): [
+        ("Fashion-MNIST, test file", "fashion-mnist/t10k", slice(8000, None))
+    ],
     ("cifar10", "train"): [
         ("CIFAR-10, first 500 of each class", "cifar10/train5000", slice(None)),
         ("CIFAR-10, all rows", "cifar10/train", slice(None)),
@@ -108,16 +125,19 @@ def mnist(
     Parameters
     ----------
     classes : tuple of int
-        Digits to keep. Two classes: targets +1 for the first, -1 for the second; otherwise one-hot.
+        Digits to keep. Two classes: targets +1 for the first, -1 for the second;
+        otherwise one-hot.
     n_train, n_test : int
         Rows from the training and the test split.
     norm : {"unit", "sqrt_d", None}
-        Rows of Euclidean norm 1, of norm :math:`\sqrt{784}`, or pixels in [0, 1] as they are.
+        Rows of Euclidean norm 1, of norm :math:`\sqrt{784}`, or pixels in [0, 1] as
+        they are.
     standardize : bool
-        First subtract the scalar mean of the chosen training rows and divide by their scalar standard deviation
-        (the same two numbers for the test rows).
+        First subtract the scalar mean of the chosen training rows and divide by their
+        scalar standard deviation (the same two numbers for the test rows).
     seed : int, optional
-        ``None`` takes the first rows in file order, classes merged; an int takes a random subset.
+        ``None`` takes the first rows in file order, classes merged; an int takes a
+        random subset.
     dtype, device :
         Of the tensors returned; float64 unless asked.
 
@@ -134,10 +154,12 @@ def mnist(
 
     Notes
     -----
-    The first 10,240 training and 5,000 test images ship with the package; a request that they can fill is filled from
-    them (also a random one, so that a seed means the same rows everywhere). Larger requests look for the full files in
-    the folder ``mnist`` of ``NGD_DATA_DIR``, then in the cache, then on two mirrors. SHA-256 of the uncompressed
-    bytes is checked always. LeCun, Cortes & Burges, *The MNIST database*.
+    The first 10,240 training and 5,000 test images ship with the package; a request
+    that they can fill is filled from them (also a random one, so that a seed means the
+    same rows everywhere). Larger requests look for the full files in the folder
+    ``mnist`` of ``NGD_DATA_DIR``, then in the cache, then on two mirrors. SHA-256 of
+    the uncompressed bytes is checked always. LeCun, Cortes & Burges, *The MNIST
+    database*.
 
     Examples
     --------
@@ -146,7 +168,9 @@ def mnist(
     >>> d.x.shape, d.y.shape, d.source
     (torch.Size([50, 784]), torch.Size([50, 1]), 'MNIST, first rows that ship')
     """
-    return _images("mnist", classes, n_train, n_test, norm, standardize, seed, dtype, device)
+    return _images(
+        "mnist", classes, n_train, n_test, norm, standardize, seed, dtype, device
+    )
 
 
 def fashion_mnist(
@@ -159,15 +183,16 @@ def fashion_mnist(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> DataSet:
-    r"""Fashion-MNIST images of the given classes, as rows of length 784; arguments and errors as for `mnist`.
+    r"""Fashion-MNIST images of the given classes, as rows of length 784; arguments and
+    errors as for `mnist`.
 
-    Both kinds of rows come from the data set's test file, which ships whole: training rows from its first 8,000 images,
-    test rows from its last 2,000.
+    Both kinds of rows come from the data set's test file, which ships whole: training
+    rows from its first 8,000 images, test rows from its last 2,000.
 
     Notes
     -----
-    Classes 0 to 9: T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot. Xiao, Rasul &
-    Vollgraf (2017), *Fashion-MNIST*.
+    Classes 0 to 9: T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker,
+    bag, ankle boot. Xiao, Rasul & Vollgraf (2017), *Fashion-MNIST*.
 
     Examples
     --------
@@ -176,7 +201,17 @@ def fashion_mnist(
     >>> d.x.shape, d.source
     (torch.Size([50, 784]), 'Fashion-MNIST, test file')
     """
-    return _images("fashion-mnist", classes, n_train, n_test, norm, standardize, seed, dtype, device)
+    return _images(
+        "fashion-mnist",
+        classes,
+        n_train,
+        n_test,
+        norm,
+        standardize,
+        seed,
+        dtype,
+        device,
+    )
 
 
 def cifar10(
@@ -190,54 +225,94 @@ def cifar10(
     device: torch.device | str | None = None,
     download: bool = True,
 ) -> DataSet:
-    r"""CIFAR-10 images of the given classes, as rows of length 3072; arguments and errors as for `mnist`.
+    r"""CIFAR-10 images of the given classes, as rows of length 3072; arguments and
+    errors as for `mnist`.
 
     ``row.reshape(32, 32, 3)`` is the image, its colours in the last axis.
 
     Parameters
     ----------
     download : bool
-        Whether to fetch the archive (170 MB) where nothing is at hand; otherwise that is a `DataError`.
+        Whether to fetch the archive (170 MB) where nothing is at hand; otherwise that
+        is a `DataError`.
 
     Notes
     -----
-    Does not ship. Looked for in the folder that ``NGD_DATA_DIR`` names, then in the cache: the strips
-    ``cifar10/train5000.png`` and ``cifar10/test2000.png`` (images below one another) with their
-    ``cifar10/*_labels.npz``, which hold the first 500 training and 200 test images of each class in the order of the
-    original; then the authors' binary archive, ``cifar-10-binary.tar.gz``, which may be downloaded. A request that
-    these first images can fill is filled from them, whichever file they are in, so that it means the same rows
-    everywhere; larger ones take the whole archive. Both are checked by SHA-256. Classes 0 to 9: airplane, automobile,
-    bird, cat, deer, dog, frog, horse, ship, truck. Krizhevsky (2009), *Learning multiple layers of features from tiny
-    images*.
+    Does not ship. Looked for in the folder that ``NGD_DATA_DIR`` names, then in the
+    cache: the strips ``cifar10/train5000.png`` and ``cifar10/test2000.png`` (images
+    below one another) with their ``cifar10/*_labels.npz``, which hold the first 500
+    training and 200 test images of each class in the order of the original; then the
+    authors' binary archive, ``cifar-10-binary.tar.gz``, which may be downloaded. A
+    request that these first images can fill is filled from them, whichever file they
+    are in, so that it means the same rows everywhere; larger ones take the whole
+    archive. Both are checked by SHA-256. Classes 0 to 9: airplane, automobile, bird,
+    cat, deer, dog, frog, horse, ship, truck. Krizhevsky (2009), *Learning multiple
+    layers of features from tiny images*.
 
     Examples
     --------
     >>> import ngdcore as ngd
     >>> d = ngd.data.cifar10(n_train=1000, n_test=2000, norm="sqrt_d")  # doctest: +SKIP
     """
-    return _images("cifar10", classes, n_train, n_test, norm, standardize, seed, dtype, device, download)
+    return _images(
+        "cifar10",
+        classes,
+        n_train,
+        n_test,
+        norm,
+        standardize,
+        seed,
+        dtype,
+        device,
+        download,
+    )
 
 
-def _images(data_set, classes, n_train, n_test, norm, standardize, seed, dtype, device, download=True) -> DataSet:
+def _images(
+    data_set,
+    classes,
+    n_train,
+    n_test,
+    norm,
+    standardize,
+    seed,
+    dtype,
+    device,
+    download=True,
+) -> DataSet:
     classes = tuple(classes)
-    if len(classes) < 2 or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
-        raise ValueError(f"classes={classes} must be two or more different classes from 0 to 9")
+    if (
+        len(classes) < 2
+        or len(set(classes)) < len(classes)
+        or not set(classes) <= set(range(10))
+    ):
+        raise ValueError(
+            f"classes={classes} must be two or more different classes from 0 to 9"
+        )
     if norm not in ("unit", "sqrt_d", None):
         raise ValueError(f"norm={norm!r} is unknown; use 'unit', 'sqrt_d' or None")
     splits = (("train", n_train), ("test", n_test))
-    pixels, labels, used = zip(*(_rows(data_set, split, classes, n, seed, download) for split, n in splits))
-    x, x_test = (torch.from_numpy(p.reshape(len(p), -1)).to(torch.float64) / 255 for p in pixels)
+    pixels, labels, used = zip(
+        *(_rows(data_set, split, classes, n, seed, download) for split, n in splits)
+    )
+    x, x_test = (
+        torch.from_numpy(p.reshape(len(p), -1)).to(torch.float64) / 255 for p in pixels
+    )
     if standardize:
         mean, sd = x.mean(), x.std(correction=0)
         x, x_test = (x - mean) / sd, (x_test - mean) / sd
-    x, x_test = (_normalise(v, norm).to(dtype=dtype, device=device) for v in (x, x_test))
+    x, x_test = (
+        _normalise(v, norm).to(dtype=dtype, device=device) for v in (x, x_test)
+    )
     labels = [torch.from_numpy(v.astype(np.int64)).to(device) for v in labels]
     y, y_test = (_targets(v, classes).to(dtype=dtype) for v in labels)
     return DataSet(x, y, x_test, y_test, *labels, " and ".join(sorted(set(used))))
 
 
 def _rows(data_set, split, classes, n, seed, download):
-    """Images and labels of n rows with these classes, from the smallest source that holds them."""
+    """Images and labels of n rows with these classes, from the smallest source that
+    holds them.
+    """
     if n < 1:
         raise ValueError(f"n_train and n_test must be at least 1, not {n}")
     for used, file, rows in _SOURCES[data_set, split]:
@@ -247,7 +322,9 @@ def _rows(data_set, split, classes, n, seed, download):
         if len(hits) >= n:
             break
     else:
-        raise ValueError(f"{n} rows asked for, but the {split} rows hold {len(hits)} with classes {classes}")
+        raise ValueError(
+            f"{n} rows asked for, but the {split} rows hold {len(hits)} with classes {classes}"
+        )
     if seed is not None:
         order = torch.randperm(len(hits), generator=torch.Generator().manual_seed(seed))
         hits = hits[np.sort(order[:n].numpy())]
@@ -256,21 +333,37 @@ def _rows(data_set, split, classes, n, seed, download):
 
 def _idx(file):
     """How to read the images of a pair of IDX files, and the labels."""
-    return (lambda: _load(f"{file}-images-idx3-ubyte")), _load(f"{file}-labels-idx1-ubyte")
+    return (lambda: _load(f"{file}-images-idx3-ubyte")), _load(
+        f"{file}-labels-idx1-ubyte"
+    )
 
 
 def _cifar(file, download):
-    """The same of CIFAR-10: from a strip and its labels where they lie, else from the archive."""
-    strip = next((home / file for home in _homes() if (home / f"{file}.png").is_file()), None)
-    archive = next((home / _CIFAR for home in _homes() if (home / _CIFAR).is_file()), None)
+    """The same of CIFAR-10: from a strip and its labels where they lie, else from the
+    archive.
+    """
+    strip = next(
+        (home / file for home in _homes() if (home / f"{file}.png").is_file()), None
+    )
+    archive = next(
+        (home / _CIFAR for home in _homes() if (home / _CIFAR).is_file()), None
+    )
     if strip:
         images, labels = _read_strip(strip)
     elif archive or download:
-        images, labels = _read_archive(archive or _download(_CIFAR, _CIFAR_HOME, _read_archive), file)
+        images, labels = _read_archive(
+            archive or _download(_CIFAR, _CIFAR_HOME, _read_archive), file
+        )
     else:
-        raise DataError(f"neither {file}.png nor {_CIFAR} is at hand; put one into a folder that NGD_DATA_DIR names")
+        raise DataError(
+            f"neither {file}.png nor {_CIFAR} is at hand; put one into a folder that NGD_DATA_DIR names"
+        )
     if file in _SHA256:
-        rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[: int(file[-4:]) // 10] for c in range(10)]))
+        rows = np.sort(
+            np.concatenate(
+                [np.flatnonzero(labels == c)[: int(file[-4:]) // 10] for c in range(10)]
+            )
+        )
         images, labels = images[rows], labels[rows]
         _check(strip or archive or _CIFAR, images.tobytes() + labels.tobytes(), file)
     return (lambda: images), labels
@@ -279,32 +372,51 @@ def _cifar(file, download):
 def _read_strip(path):
     try:
         labels = np.load(f"{path}_labels.npz", allow_pickle=False)["y"]
-        return np.rint(255 * imread(f"{path}.png")[..., :3]).astype(np.uint8).reshape(len(labels), 32, 32, 3), labels
+        return np.rint(255 * imread(f"{path}.png")[..., :3]).astype(np.uint8).reshape(
+            len(labels), 32, 32, 3
+        ), labels
     except Exception as error:  # of three libraries, in many ways
-        raise DataError(f"{path}.png or its _labels.npz is truncated or missing ({error}); fetch both again") from error
+        raise DataError(
+            f"{path}.png or its _labels.npz is truncated or missing ({error}); fetch both again"
+        ) from error
 
 
 def _read_archive(path, file="test"):
     _check(path, path.read_bytes(), _CIFAR)
     with tarfile.open(path) as tar:
-        names = sorted(n for n in tar.getnames() if re.search("test_batch" if "test" in file else r"data_batch_\d", n))
-        rows = np.frombuffer(b"".join(tar.extractfile(n).read() for n in names), np.uint8).reshape(-1, 3073)
+        names = sorted(
+            n
+            for n in tar.getnames()
+            if re.search("test_batch" if "test" in file else r"data_batch_\d", n)
+        )
+        rows = np.frombuffer(
+            b"".join(tar.extractfile(n).read() for n in names), np.uint8
+        ).reshape(-1, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
 
 
 def _load(name: str) -> np.ndarray:
-    """One IDX file, from the first source that has it; an altered file is an error, never passed over."""
+    """One IDX file, from the first source that has it; an altered file is an error,
+    never passed over.
+    """
     for path in _places(name):
         if path.is_file():
             return _read(path, name)
     if name in _SHIPPED:
-        raise DataError(f"{name}.gz ships with ngdcore but is missing from this installation; install ngdcore again")
-    return _read(_download(f"{name}.gz", _MIRRORS, lambda path: _read(path, name)), name)
+        raise DataError(
+            f"{name}.gz ships with ngdcore but is missing from this installation; install ngdcore again"
+        )
+    return _read(
+        _download(f"{name}.gz", _MIRRORS, lambda path: _read(path, name)), name
+    )
 
 
 def _places(name):
     if name in _SHIPPED:
-        homes = [resources.files("ngdcore") / "_data", Path(__file__).parent.parent / "data"]
+        homes = [
+            resources.files("ngdcore") / "_data",
+            Path(__file__).parent.parent / "data",
+        ]
     else:
         homes = _homes()
     return [home / f"{name}.gz" for home in homes]
@@ -317,21 +429,27 @@ def _homes():
 
 def _check(path, raw, name) -> None:
     if hashlib.sha256(raw).hexdigest() != _SHA256[name]:
-        raise DataError(f"{path} has been altered (SHA-256 of its bytes differs); delete it and fetch it again")
+        raise DataError(
+            f"{path} has been altered (SHA-256 of its bytes differs); delete it and fetch it again"
+        )
 
 
 def _read(path, name) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, gzip.zlib.error) as error:
-        raise DataError(f"{path} is truncated or no gzip file ({error}); delete it and fetch it again") from error
+        raise DataError(
+            f"{path} is truncated or no gzip file ({error}); delete it and fetch it again"
+        ) from error
     _check(path, raw, name)
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
 def _pooch():
-    with warnings.catch_warnings():  # in a notebook without widgets, about its progress bar
+    with (
+        warnings.catch_warnings()
+    ):  # in a notebook without widgets, about its progress bar
         warnings.simplefilter("ignore")
         import pooch
     return pooch
@@ -348,7 +466,12 @@ def _download(file, mirrors, read) -> Path:
     target, failures = _cache() / file, []
     for mirror in mirrors:
         try:
-            pooch.retrieve(f"{mirror}{file}", known_hash=None, fname=target.name, path=target.parent)
+            pooch.retrieve(
+                f"{mirror}{file}",
+                known_hash=None,
+                fname=target.name,
+                path=target.parent,
+            )
             read(target)
             return target
         except DataError as error:
@@ -367,7 +490,9 @@ def _normalise(x, norm):
         return x
     length = x.norm(dim=1, keepdim=True)
     if (length == 0).any():
-        raise ValueError(f"row {int(length.argmin())} is zero and cannot be normalised; use norm=None")
+        raise ValueError(
+            f"row {int(length.argmin())} is zero and cannot be normalised; use norm=None"
+        )
     return x / length * (1.0 if norm == "unit" else math.sqrt(x.shape[1]))
 
 
@@ -378,9 +503,14 @@ def _targets(labels, classes):
 
 
 def sphere(
-    n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+    n: int,
+    d: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""n points drawn uniformly from the unit sphere in :math:`\mathbb R^d`, shape (n, d).
+    r"""n points drawn uniformly from the unit sphere in :math:`\mathbb R^d`, shape (n,
+    d).
 
     Raises
     ------
@@ -398,7 +528,11 @@ def sphere(
 
 
 def gaussian(
-    n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+    n: int,
+    d: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     r"""n rows of d independent standard normal numbers.
 
@@ -416,20 +550,27 @@ def gaussian(
     if n < 1 or d < 1:
         raise ValueError(f"n={n} and d={d} must be at least 1")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype=dtype, device=device)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(
+        dtype=dtype, device=device
+    )
 
 
-def forster(x: Tensor, tol: float = 1e-10, max_iter: int = 1000) -> tuple[Tensor, Tensor]:
-    r"""The Forster transform: unit rows in the directions of :math:`x_i^\top A` with :math:`Z^\top Z = \frac nd I`.
+def forster(
+    x: Tensor, tol: float = 1e-10, max_iter: int = 1000
+) -> tuple[Tensor, Tensor]:
+    r"""The Forster transform: unit rows in the directions of :math:`x_i^\top A` with
+    :math:`Z^\top Z = \frac nd I`.
 
-    Repeats :math:`T = (\frac dn Z^\top Z)^{-1/2}`, :math:`Z \leftarrow \mathrm{rownorm}(ZT)`,
-    :math:`A \leftarrow AT/\|AT\|_F`: Tyler's fixed-point iteration, :math:`AA^\top \propto \Sigma^{-1}`. It converges
-    linearly, in one step for n = d, slowest when n is just above d.
+    Repeats :math:`T = (\frac dn Z^\top Z)^{-1/2}`,
+    :math:`Z \leftarrow \mathrm{rownorm}(ZT)`, :math:`A \leftarrow AT/\|AT\|_F`: Tyler's
+    fixed-point iteration, :math:`AA^\top \propto \Sigma^{-1}`. It converges linearly,
+    in one step for n = d, slowest when n is just above d.
 
     Parameters
     ----------
     x : Tensor, (n, d)
-        Rows, none zero; n >= d, and no k-dimensional subspace may hold kn/d rows or more.
+        Rows, none zero; n >= d, and no k-dimensional subspace may hold kn/d rows or
+        more.
     tol : float
         Largest :math:`\|Z^\top Z - \frac nd I\|_F/\|\frac nd I\|_F`.
     max_iter : int
@@ -446,12 +587,14 @@ def forster(x: Tensor, tol: float = 1e-10, max_iter: int = 1000) -> tuple[Tensor
     ValueError
         When n < d, a row is zero, or x has lower rank than d: no transform exists.
     RuntimeError
-        When it has not converged after ``max_iter`` steps, with the subspace that holds too many rows if one shows.
+        When it has not converged after ``max_iter`` steps, with the subspace that holds
+        too many rows if one shows.
 
     Notes
     -----
-    Zhang, Martens & Grosse (2019), Theorem 7 and Algorithm 1, which normalises by :math:`A_{11}` instead; Forster
-    (2002), Tyler (1987). Every row then has leverage d/n.
+    Zhang, Martens & Grosse (2019), Theorem 7 and Algorithm 1, which normalises by
+    :math:`A_{11}` instead; Forster (2002), Tyler (1987). Every row then has leverage
+    d/n.
 
     Examples
     --------
@@ -462,25 +605,35 @@ def forster(x: Tensor, tol: float = 1e-10, max_iter: int = 1000) -> tuple[Tensor
     """
     n, d = x.shape
     if n < d:
-        raise ValueError(f"x has {n} rows in {d} dimensions: Z^T Z = (n/d) I has rank {d}, so n >= d is needed")
+        raise ValueError(
+            f"x has {n} rows in {d} dimensions: Z^T Z = (n/d) I has rank {d}, so n >= d is needed"
+        )
     z = _normalise(x, "unit")
     if torch.linalg.matrix_rank(z) < d:
-        raise ValueError(f"x has rank {int(torch.linalg.matrix_rank(z))} < d = {d}: project it onto its range first")
+        raise ValueError(
+            f"x has rank {int(torch.linalg.matrix_rank(z))} < d = {d}: project it onto its range first"
+        )
     a = torch.eye(d, dtype=x.dtype, device=x.device) / math.sqrt(d)
     for _ in range(max_iter + 1):
         values, vectors = torch.linalg.eigh(z.T @ z * (d / n))
         if (values - 1).norm() <= tol * math.sqrt(d):
             return z, a
-        if torch.linalg.cond(a) > 1e13:  # beyond, rounding errors grow into rows of their own
+        if (
+            torch.linalg.cond(a) > 1e13
+        ):  # beyond, rounding errors grow into rows of their own
             break
         t = vectors / values.sqrt() @ vectors.T
         z, a = _normalise(z @ t, "unit"), a @ t
         a = a / a.norm()
-    raise RuntimeError(f"no Forster transform found within {max_iter} steps; {_crowded(z, vectors)}")
+    raise RuntimeError(
+        f"no Forster transform found within {max_iter} steps; {_crowded(z, vectors)}"
+    )
 
 
 def _crowded(z, vectors):
-    """The subspace that collects more than its share of rows, among the principal ones of what did not converge."""
+    """The subspace that collects more than its share of rows, among the principal ones
+    of what did not converge.
+    """
     n, d = z.shape
     for k in range(1, d):
         inside = int((z @ vectors[:, d - k :]).norm(dim=1).gt(1 - 1e-3).sum())

@@ -1,4 +1,6 @@
-r"""Closed-form trajectories of linearised training: outputs under :math:`f_{t+1} = f_t - \eta Q (f_t - y)`."""
+r"""Closed-form trajectories of linearised training: outputs under :math:`f_{t+1} = f_t
+- \eta Q (f_t - y)`.
+"""
 
 from collections.abc import Sequence
 
@@ -20,13 +22,14 @@ def trajectory(
     r"""Outputs of the linearised model after t steps, for many t at once.
 
     :math:`f_t = y + (I - \eta Q)^t (f_0 - y)`; at test rows
-    :math:`f'_t = f'_0 - Q'\,\eta\sum_{s<t} (I - \eta Q)^s\,(f_0 - y)`. One eigendecomposition serves all t when Q is
-    symmetric; otherwise the recursion is run.
+    :math:`f'_t = f'_0 - Q'\,\eta\sum_{s<t} (I - \eta Q)^s\,(f_0 - y)`. One
+    eigendecomposition serves all t when Q is symmetric; otherwise the recursion is run.
 
     Parameters
     ----------
     Q : Tensor, (NC, NC)
-        Coefficient matrix with its 1/N: ``F.coefficient(fac)``, or ``K / N`` for gradient descent.
+        Coefficient matrix with its 1/N: ``F.coefficient(fac)``, or ``K / N`` for
+        gradient descent.
     f0, y : Tensor, (N, C)
         Outputs at the start, and targets.
     lr : float
@@ -40,7 +43,8 @@ def trajectory(
 
     Returns
     -------
-    Tensor, (T, N, C), or a pair with the test outputs (T, N', C) when ``Q_test`` is given.
+    Tensor, (T, N, C), or a pair with the test outputs (T, N', C) when ``Q_test`` is
+    given.
 
     Raises
     ------
@@ -62,9 +66,15 @@ def trajectory(
         raise ValueError(
             f"f0 and y must be (N, C) and Q (NC, NC), not {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
         )
-    times = torch.arange(max(steps, -1) + 1) if isinstance(steps, int) else torch.as_tensor(list(steps))
+    times = (
+        torch.arange(max(steps, -1) + 1)
+        if isinstance(steps, int)
+        else torch.as_tensor(list(steps))
+    )
     if len(times) == 0 or times[0] < 0 or (times.diff() < 0).any():
-        raise ValueError("steps must be a number of steps, or ascending step counts from 0 on")
+        raise ValueError(
+            "steps must be a number of steps, or ascending step counts from 0 on"
+        )
     r0 = (f0 - y).reshape(-1)
     if torch.allclose(Q, Q.T, rtol=1e-9, atol=1e-12 * float(Q.abs().max())):
         residuals, sums = _by_spectrum(Q, r0, lr, times)
@@ -74,8 +84,14 @@ def trajectory(
     if Q_test is None:
         return outputs
     if Q_test.ndim != 2 or Q_test.shape[1] != len(r0) or Q_test.shape[0] % y.shape[1]:
-        raise ValueError(f"Q_test must be (N'C, NC) = (., {len(r0)}), not {tuple(Q_test.shape)}")
-    start = torch.zeros(len(Q_test), dtype=Q.dtype, device=Q.device) if f0_test is None else f0_test.reshape(-1)
+        raise ValueError(
+            f"Q_test must be (N'C, NC) = (., {len(r0)}), not {tuple(Q_test.shape)}"
+        )
+    start = (
+        torch.zeros(len(Q_test), dtype=Q.dtype, device=Q.device)
+        if f0_test is None
+        else f0_test.reshape(-1)
+    )
     return outputs, (start - lr * sums @ Q_test.T).view(len(times), -1, y.shape[1])
 
 
@@ -100,10 +116,11 @@ def _by_recursion(Q, r0, lr, times):
 
 
 def gd_lr(gram: Tensor, n: int) -> float:
-    r"""Gradient descent's best constant step on the mean loss: :math:`2/(\lambda_{\min} + \lambda_{\max})` of K/N.
+    r"""Gradient descent's best constant step on the mean loss:
+    :math:`2/(\lambda_{\min} + \lambda_{\max})` of K/N.
 
-    It minimises the slowest mode's factor, which is then :math:`(\kappa-1)/(\kappa+1)`; stable up to
-    :math:`2/\lambda_{\max}`.
+    It minimises the slowest mode's factor, which is then :math:`(\kappa-1)/(\kappa+1)`;
+    stable up to :math:`2/\lambda_{\max}`.
 
     Parameters
     ----------
@@ -127,5 +144,7 @@ def gd_lr(gram: Tensor, n: int) -> float:
         raise ValueError(f"gram must be square, not {tuple(gram.shape)}")
     values = torch.linalg.eigvalsh(gram)
     if not values[-1] > 0:
-        raise ValueError("gram has no positive eigenvalue: no output depends on a trained parameter")
+        raise ValueError(
+            "gram has no positive eigenvalue: no output depends on a trained parameter"
+        )
     return float(2 * n / (values[0].clamp_min(0) + values[-1]))

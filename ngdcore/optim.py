@@ -1,4 +1,6 @@
-r"""Natural gradient as a `torch.optim.Optimizer`, adaptive damping, and one training generator for all optimizers."""
+r"""Natural gradient as a `torch.optim.Optimizer`, adaptive damping, and one training
+generator for all optimizers.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .factors import empirical
 from .fisher import Fisher, RankDeficient
-from .kernels import empirical
-from .models import signals
+from .signals import signals
 
 __all__ = ["NaturalGradient", "Adaptive", "Step", "run", "half_mse"]
 
 
 def half_mse(outputs: Tensor, y: Tensor) -> Tensor:
-    r"""The default loss, :math:`\frac1{2N}\sum_{n,c}(f_{nc} - y_{nc})^2`: summed over outputs, averaged over samples.
+    r"""The default loss, :math:`\frac1{2N}\sum_{n,c}(f_{nc} - y_{nc})^2`: summed over
+    outputs, averaged over samples.
 
-    ``torch.nn.MSELoss()`` averages over outputs too and has no 1/2: it is 2/C times this.
+    ``torch.nn.MSELoss()`` averages over outputs too and has no 1/2: it is 2/C times
+    this.
 
     Examples
     --------
@@ -56,7 +60,8 @@ class Step:
     accepted : bool
         False if the step was undone.
     test : float
-        What ``test`` returned for the network at this state (nan where it was not called).
+        What ``test`` returned for the network at this state (nan where it was not
+        called).
     """
 
     loss: float
@@ -74,20 +79,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Adaptive:
-    r"""Damping that follows actual over predicted decrease: ``NaturalGradient(..., damping=Adaptive())``.
+    r"""Damping that follows actual over predicted decrease:
+    ``NaturalGradient(..., damping=Adaptive())``.
 
-    After a step of learning rate :math:`\eta` along d, :math:`\rho` is the change of the batch's loss over the change
-    that a quadratic with its minimum at the full step predicts,
-    :math:`-(1 - \alpha/2)\,\eta\,\langle d, \nabla L\rangle`. Then
-    :math:`\lambda \leftarrow \tfrac32\lambda` if :math:`\rho < .25`, :math:`\tfrac23\lambda` if :math:`\rho > .75`.
+    After a step of learning rate :math:`\eta` along d, :math:`\rho` is the change of
+    the batch's loss over the change that a quadratic with its minimum at the full step
+    predicts, :math:`-(1 - \alpha/2)\,\eta\,\langle d, \nabla L\rangle`. Then
+    :math:`\lambda \leftarrow \tfrac32\lambda` if :math:`\rho < .25`,
+    :math:`\tfrac23\lambda` if :math:`\rho > .75`.
 
     Parameters
     ----------
     start : float
         First damping.
     alpha : float
-        The fraction of the full step that the learning rate stands for: :math:`\eta = \alpha/L` for `KFAC` from the
-        unit side, :math:`\eta = \alpha` for the exact Fisher.
+        The fraction of the full step that the learning rate stands for:
+        :math:`\eta = \alpha/L` for `KFAC` from the unit side, :math:`\eta = \alpha` for
+        the exact Fisher.
     lower : float
         Smallest damping; 0 for none. As damping, it is in units of loss and data.
     factor : float
@@ -95,7 +103,8 @@ class Adaptive:
     low, high : float
         The thresholds.
     reject : bool
-        Undo a step that does not decrease the batch's loss, or whose system is singular, and let damping grow.
+        Undo a step that does not decrease the batch's loss, or whose system is
+        singular, and let damping grow.
 
     Raises
     ------
@@ -104,8 +113,8 @@ class Adaptive:
 
     Notes
     -----
-    Bernacchia, Lengyel & Hennequin (2018), eqs. 20-21 and footnote 1, with :math:`\alpha` counted once; clip and
-    rejection are not in print.
+    Bernacchia, Lengyel & Hennequin (2018), eqs. 20-21 and footnote 1, with
+    :math:`\alpha` counted once; clip and rejection are not in print.
 
     Examples
     --------
@@ -126,8 +135,14 @@ class Adaptive:
     reject: bool = True
 
     def __post_init__(self):
-        if not (0 <= self.lower <= self.start < float("inf") and 0 < self.alpha < 2 and self.factor >= 1):
-            raise ValueError(f"{self}: needs 0 <= lower <= start, 0 < alpha < 2 and factor >= 1")
+        if not (
+            0 <= self.lower <= self.start < float("inf")
+            and 0 < self.alpha < 2
+            and self.factor >= 1
+        ):
+            raise ValueError(
+                f"{self}: needs 0 <= lower <= start, 0 < alpha < 2 and factor >= 1"
+            )
 
     def after(self, damping: float, rho: float) -> float:
         """The next damping."""
@@ -137,19 +152,22 @@ class Adaptive:
 
 
 class NaturalGradient(torch.optim.Optimizer):
-    r"""Natural gradient descent, :math:`\theta \leftarrow \theta - \eta\,\frac1N (F + \rho I)^+ J^\top g`.
+    r"""Natural gradient descent,
+    :math:`\theta \leftarrow \theta - \eta\,\frac1N (F + \rho I)^+ J^\top g`.
 
     Parameters
     ----------
     net : nn.Module
-        Anything `ngdcore.models.signals` accepts; its trained parameters are updated in place.
+        Anything `ngdcore.models.signals` accepts; its trained parameters are updated in
+        place.
     fisher : Fisher
         The metric, for example ``ngd.fisher.Exact()``.
     lr : float or "optimal"
-        :math:`\eta`; ``"optimal"`` is :math:`1/\alpha`, found at the first step: one step then solves the linearised
-        problem.
+        :math:`\eta`; ``"optimal"`` is :math:`1/\alpha`, found at the first step: one
+        step then solves the linearised problem.
     damping : float or Adaptive
-        :math:`\rho \ge 0`, added to F; an `Adaptive` changes ``param_groups[0]["damping"]`` after every step.
+        :math:`\rho \ge 0`, added to F; an `Adaptive` changes
+        ``param_groups[0]["damping"]`` after every step.
 
     Raises
     ------
@@ -158,9 +176,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Notes
     -----
-    A step is one sweep for the signals, one Gram, one Cholesky factorisation, two triangular solves and one matrix
-    product a layer; the update's buffers are kept between steps. ``param_groups[0]["lr"]`` is what torch's schedulers
-    expect. Loss and metric are separate: any loss can be minimised in the metric of ``fisher``.
+    A step is one sweep for the signals, one Gram, one Cholesky factorisation, two
+    triangular solves and one matrix product a layer; the update's buffers are kept
+    between steps. ``param_groups[0]["lr"]`` is what torch's schedulers expect. Loss and
+    metric are separate: any loss can be minimised in the metric of ``fisher``.
 
     Examples
     --------
@@ -173,7 +192,13 @@ class NaturalGradient(torch.optim.Optimizer):
     True
     """
 
-    def __init__(self, net: nn.Module, fisher: Fisher, lr: float | str = "optimal", damping: float | Adaptive = 0.0):
+    def __init__(
+        self,
+        net: nn.Module,
+        fisher: Fisher,
+        lr: float | str = "optimal",
+        damping: float | Adaptive = 0.0,
+    ):
         self.adaptive = damping if isinstance(damping, Adaptive) else None
         damping = self.adaptive.start if self.adaptive else damping
         if isinstance(lr, str):
@@ -191,7 +216,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self._update: list[Tensor] | None = None
 
     @torch.no_grad()
-    def step(self, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = half_mse) -> Step:
+    def step(
+        self, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = half_mse
+    ) -> Step:
         """Take one step on the batch (x, y) and return the `Step` before it.
 
         Parameters
@@ -200,12 +227,14 @@ class NaturalGradient(torch.optim.Optimizer):
         y : Tensor
             Targets as ``loss`` wants them; (N, C) for the default.
         loss : callable
-            ``loss(outputs, y)`` is a scalar; its residual is :math:`g = N\\,\\partial L/\\partial f`.
+            ``loss(outputs, y)`` is a scalar; its residual is
+            :math:`g = N\\,\\partial L/\\partial f`.
 
         Raises
         ------
         ValueError
-            For targets of another shape than the outputs (default loss), or a residual that is not finite.
+            For targets of another shape than the outputs (default loss), or a residual
+            that is not finite.
         """
         sig = signals(self.net, x, lazy=True)
         value, g = _residual(loss, sig.outputs, y)
@@ -214,7 +243,9 @@ class NaturalGradient(torch.optim.Optimizer):
             group["lr"] = 1 / self.fisher.best_alpha(empirical(sig))
         state = Step(value, sig.outputs, damping=group["damping"])
         try:
-            self._update, info = self.fisher.solve(sig, g, group["damping"], self._update)
+            self._update, info = self.fisher.solve(
+                sig, g, group["damping"], self._update
+            )
         except RankDeficient:
             if not (self.adaptive and self.adaptive.reject):
                 raise
@@ -222,7 +253,11 @@ class NaturalGradient(torch.optim.Optimizer):
             return replace(state, accepted=False)
         state = replace(state, condition=info.condition, jitter=info.jitter)
         if self.adaptive:
-            slope = info.slope or sum(float((d * e).sum()) for d, e in zip(self._update, sig.vjp(g))) / sig.n
+            slope = (
+                info.slope
+                or sum(float((d * e).sum()) for d, e in zip(self._update, sig.vjp(g)))
+                / sig.n
+            )
             return self._adapt(slope, x, y, loss, group, state)
         torch._foreach_add_(group["params"], self._update, alpha=-group["lr"])
         return state
@@ -254,7 +289,8 @@ def run(
     test: Callable[[], float] | None = None,
     every: int = 1,
 ) -> Iterator[Step]:
-    """Train, and yield the state before every step and after the last: ``steps + 1`` states in all.
+    """Train, and yield the state before every step and after the last: ``steps + 1``
+    states in all.
 
     Parameters
     ----------
@@ -263,8 +299,9 @@ def run(
         Training rows.
     steps : int
     batch_size : int, optional
-        Rows a step, drawn without replacement and reshuffled every epoch (a shorter rest is dropped); full batch by
-        default. Loss and outputs are those of the batch.
+        Rows a step, drawn without replacement and reshuffled every epoch (a shorter
+        rest is dropped); full batch by default. Loss and outputs are those of the
+        batch.
     seed : int
         Seed of the shuffling.
     loss : callable
@@ -274,15 +311,17 @@ def run(
     progress : bool
         Show a tqdm bar.
     test : callable, optional
-        Called without arguments, outside the clock, before every ``every``-th step and after the last; what it returns
-        for the network as it then is becomes the state's ``test``.
+        Called without arguments, outside the clock, before every ``every``-th step and
+        after the last; what it returns for the network as it then is becomes the
+        state's ``test``.
     every : int
 
     Yields
     ------
     Step
-        Leaving the loop early stops the training there. A state is yielded once its step has been taken: inside the
-        loop the network is one step ahead of ``state.outputs``.
+        Leaving the loop early stops the training there. A state is yielded once its
+        step has been taken: inside the loop the network is one step ahead of
+        ``state.outputs``.
 
     Raises
     ------
@@ -302,23 +341,38 @@ def run(
     natural = isinstance(opt, NaturalGradient)
     net = opt.net if natural else net
     if net is None:
-        raise ValueError("net is needed with a torch.optim optimizer: run(opt, x, y, steps, net=net)")
-    if steps < 0 or every < 1 or len(x) != len(y) or not 1 <= (batch_size or len(x)) <= len(x):
+        raise ValueError(
+            "net is needed with a torch.optim optimizer: run(opt, x, y, steps, net=net)"
+        )
+    if (
+        steps < 0
+        or every < 1
+        or len(x) != len(y)
+        or not 1 <= (batch_size or len(x)) <= len(x)
+    ):
         raise ValueError(
             f"steps={steps}, every={every}, batch_size={batch_size} and {len(x)} inputs, {len(y)} targets do not fit"
         )
     batches, seconds = _batches(len(x), batch_size, seed), 0.0
     for k in tqdm(range(steps + 1), disable=not progress, leave=False):
         rows = next(batches)
-        bx, by = (x, y) if rows is None else (x[rows.to(x.device)], y[rows.to(y.device)])
-        tested = float(test()) if test and (k % every == 0 or k == steps) else float("nan")
+        bx, by = (
+            (x, y) if rows is None else (x[rows.to(x.device)], y[rows.to(y.device)])
+        )
+        tested = (
+            float(test()) if test and (k % every == 0 or k == steps) else float("nan")
+        )
         start = time.perf_counter()
         if k == steps:
             with torch.no_grad():
                 outputs = net(bx)
             state = Step(_residual(loss, outputs, by)[0], outputs)
         else:
-            state = opt.step(bx, by, loss) if natural else _first_order(opt, net, bx, by, loss)
+            state = (
+                opt.step(bx, by, loss)
+                if natural
+                else _first_order(opt, net, bx, by, loss)
+            )
         elapsed = time.perf_counter() - start
         yield replace(state, step=k, seconds=seconds, examples=k * len(bx), test=tested)
         seconds += elapsed

@@ -1,4 +1,6 @@
-"""One look for every figure: a colour an optimizer, theory as lines, runs as dots, spread as bands."""
+"""One look for every figure: a colour an optimizer, theory as lines, runs as dots,
+spread as bands.
+"""
 
 import html
 import os
@@ -7,7 +9,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-__all__ = ["COLORS", "style", "theory", "runs", "band", "heatmap", "css_color", "interactive"]
+__all__ = [
+    "COLORS",
+    "style",
+    "theory",
+    "runs",
+    "band",
+    "heatmap",
+    "css_color",
+    "interactive",
+]
 
 _base = sns.color_palette("colorblind")
 COLORS = {
@@ -16,7 +27,11 @@ COLORS = {
     "block-diagonal": _base[2],
     "block-tridiagonal": _base[4],
     "k-fac": _base[1],
-    "unit-wise": (0.62, 0.5, 0.0),  # the palette's yellow, darker: it must show on white
+    "unit-wise": (
+        0.62,
+        0.5,
+        0.0,
+    ),  # the palette's yellow, darker: it must show on white
     "adam": _base[9],
     "theory": (0.15, 0.15, 0.15),
     "target": _base[3],
@@ -46,7 +61,9 @@ def theory(ax, x, y, key: str = "theory", label: str | None = None, **kwargs):
     --------
     >>> line = theory(plt.figure().gca(), [0, 1, 2], [1.0, 0.5, 0.25], "ngd")
     """
-    return ax.plot(_array(x), _array(y), "-", color=COLORS[key], label=label, zorder=1, **kwargs)
+    return ax.plot(
+        _array(x), _array(y), "-", color=COLORS[key], label=label, zorder=1, **kwargs
+    )
 
 
 def runs(ax, x, y, key: str, label: str | None = None, **kwargs):
@@ -56,11 +73,22 @@ def runs(ax, x, y, key: str, label: str | None = None, **kwargs):
     --------
     >>> dots = runs(plt.figure().gca(), [0, 1, 2], [1.0, 0.6, 0.3], "ngd")
     """
-    return ax.plot(_array(x), _array(y), "o", color=COLORS[key], label=label, ms=4.5, mec="white", mew=0.5, **kwargs)
+    return ax.plot(
+        _array(x),
+        _array(y),
+        "o",
+        color=COLORS[key],
+        label=label,
+        ms=4.5,
+        mec="white",
+        mew=0.5,
+        **kwargs,
+    )
 
 
 def band(ax, x, ys, key: str, label: str | None = None):
-    """Draw several runs, (seeds, points): the median as dots on a thin line, smallest to largest as a band.
+    """Draw several runs, (seeds, points): the median as dots on a thin line, smallest
+    to largest as a band.
 
     Examples
     --------
@@ -68,7 +96,17 @@ def band(ax, x, ys, key: str, label: str | None = None):
     """
     x, ys = _array(x), _array(ys)
     ax.fill_between(x, ys.min(0), ys.max(0), color=COLORS[key], alpha=0.2, lw=0)
-    return ax.plot(x, np.median(ys, 0), "o-", color=COLORS[key], label=label, ms=4.5, lw=0.9, mec="white", mew=0.5)
+    return ax.plot(
+        x,
+        np.median(ys, 0),
+        "o-",
+        color=COLORS[key],
+        label=label,
+        ms=4.5,
+        lw=0.9,
+        mec="white",
+        mew=0.5,
+    )
 
 
 def heatmap(ax, matrix, label: str, **kwargs):
@@ -100,8 +138,9 @@ def css_color(key: str, alpha: float = 1.0) -> str:
 def interactive(figure, alt: str):
     """A plotly figure that answers to a hand, without a kernel and without the network.
 
-    In the book (``NGD_BOOK`` set) it becomes HTML that loads plotly.js from the site's own ``_static`` folder; anywhere
-    else the figure itself is returned. Put everything the reader may choose into frames, sliders or buttons.
+    In the book (``NGD_BOOK`` set) it becomes HTML that loads plotly.js from the site's
+    own ``_static`` folder; anywhere else the figure itself is returned. Put everything
+    the reader may choose into frames, sliders or buttons.
 
     Parameters
     ----------
@@ -130,9 +169,15 @@ class _Offline:
 
     def _repr_html_(self) -> str:
         config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-        drawn = self.figure.to_html(full_html=False, include_plotlyjs="../_static/plotly.min.js", config=config)
+        drawn = self.figure.to_html(
+            full_html=False, include_plotlyjs="../_static/plotly.min.js", config=config
+        )
         return f'<div class="ngd-interactive" role="img" aria-label="{html.escape(self.alt)}">{drawn}</div>'
 
 
 def _array(value):
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value, dtype=float)
+    return (
+        value.detach().cpu().numpy()
+        if hasattr(value, "detach")
+        else np.asarray(value, dtype=float)
+    )

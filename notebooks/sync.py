@@ -1,11 +1,14 @@
-"""Make the .ipynb beside each chapter from its MyST Markdown, one way, for Colab, Binder and GitHub.
+"""Make the .ipynb beside each chapter from its MyST Markdown, one way, for Colab,
+Binder and GitHub.
 
     python notebooks/sync.py            write them
-    python notebooks/sync.py --check    exit 1 where one is missing, stale, or the Markdown would be misread
+    python notebooks/sync.py --check    exit 1 where one is missing, stale, or the
+    Markdown would be misread
 
-Code cells are kept as they are. In the text, directives and roles become plain Markdown, references become words,
-and the macros of _config.yml are written out. What this file does not know it refuses, so that nothing is lost quietly.
-"""
+Code cells are kept as they are. In the text, directives and roles become plain
+Markdown, references become words, and the macros of _config.yml are written out. What
+this file does not know it refuses, so that nothing is lost quietly."""
+
 import hashlib
 import re
 import sys
@@ -24,20 +27,47 @@ BLOB = f"{ADDRESS}/blob/{CONFIG['repository']['branch']}/"
 RAW = f"{ADDRESS}/raw/{CONFIG['repository']['branch']}/"
 MACROS = CONFIG["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"]
 
-INSTALL = f'''# Made for this notebook alone: fetches the book's package where it is missing, as on Colab.
+INSTALL = f"""# Made for this notebook alone: fetches the book's package where it is missing, as on Colab.
 from importlib.util import find_spec
 
 if find_spec("ngdcore") is None:
-    %pip install -q git+{ADDRESS}'''
+    %pip install -q git+{ADDRESS}"""
 
-FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|:{3,}|~{3,})(?:\{(?P<name>[\w:.-]+)\})? *(?P<argument>.*)$")
-ROLE = re.compile(r"\{(?P<name>[a-z][\w:.-]*)\}(?P<tick>`+)(?P<text>.+?)(?P=tick)", re.S)
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,}|:{3,}|~{3,})(?:\{(?P<name>[\w:.-]+)\})? *(?P<argument>.*)$"
+)
+ROLE = re.compile(
+    r"\{(?P<name>[a-z][\w:.-]*)\}(?P<tick>`+)(?P<text>.+?)(?P=tick)", re.S
+)
 TARGET = re.compile(r"^\((?P<label>[\w:.-]+)\)= *$")
 DOLLARS = re.compile(r"\$\$(?P<tex>.+?)\$\$(?: *\((?P<label>[\w:.-]+)\))?", re.S)
-# Whatever holds backticks: fenced code, a role, inline code. Only what lies between is text.
-TICKS = re.compile(r"^ *(?P<fence>`{3,}|~{3,}).*?^ *(?P=fence) *$|" + ROLE.pattern + r"|`[^`\n]+`", re.S | re.M)
-NOTES = {"note", "tip", "hint", "important", "warning", "caution", "attention", "danger", "error", "seealso"}
-DROPPED = {"tableofcontents", "scoreboard", "tally", "build-report", "claims", "index", "raw"}
+# Whatever holds backticks: fenced code, a role, inline code. Only what lies between is
+# text.
+TICKS = re.compile(
+    r"^ *(?P<fence>`{3,}|~{3,}).*?^ *(?P=fence) *$|" + ROLE.pattern + r"|`[^`\n]+`",
+    re.S | re.M,
+)
+NOTES = {
+    "note",
+    "tip",
+    "hint",
+    "important",
+    "warning",
+    "caution",
+    "attention",
+    "danger",
+    "error",
+    "seealso",
+}
+DROPPED = {
+    "tableofcontents",
+    "scoreboard",
+    "tally",
+    "build-report",
+    "claims",
+    "index",
+    "raw",
+}
 
 
 def chapters():
@@ -49,6 +79,7 @@ def cells_of(path):
 
 
 # --- What is referred to ----------------------------------------------------------------------------------------------
+
 
 @cache
 def labels():
@@ -63,7 +94,9 @@ def labels():
         for number, label in enumerate(figure_names(path), 1):
             found[label] = path, f"Figure {number}"
         kinds = {}
-        for kind, title, options in re.findall(r"^[`:]{3,}\{prf:(\w+)\} *(.*)\n((?::[\w-]+:.*\n)*)", text, re.M):
+        for kind, title, options in re.findall(
+            r"^[`:]{3,}\{prf:(\w+)\} *(.*)\n((?::[\w-]+:.*\n)*)", text, re.M
+        ):
             kinds[kind] = kinds.get(kind, 0) + 1
             if label := re.search(r"^:label: *(\S+)", options, re.M):
                 found[label[1]] = path, f"{kind.capitalize()} {kinds[kind]}"
@@ -72,16 +105,23 @@ def labels():
 
 def equation_labels(text):
     """In order of appearance, as Sphinx counts them."""
-    pattern = re.compile(r"\$\$ *\(([\w:.-]+)\)|^[`:]{3,}\{math\}.*\n(?::(?!label)\w+:.*\n)*:label: *(\S+)", re.M)
+    pattern = re.compile(
+        r"\$\$ *\(([\w:.-]+)\)|^[`:]{3,}\{math\}.*\n(?::(?!label)\w+:.*\n)*:label: *(\S+)",
+        re.M,
+    )
     return [a or b for a, b in pattern.findall(text)]
 
 
 def figure_names(path):
-    """Names of figures in order: those of code cells (mystnb metadata) and of figure directives."""
+    """Names of figures in order: those of code cells (mystnb metadata) and of figure
+    directives.
+    """
     directive = r"^[`:]{3,}\{figure\}.*\n(?::(?!name)\w+:.*\n)*:name: *(\S+)"
     for cell in cells_of(path):
         if cell.cell_type == "code":
-            yield from filter(None, [cell.metadata.get("mystnb", {}).get("figure", {}).get("name")])
+            yield from filter(
+                None, [cell.metadata.get("mystnb", {}).get("figure", {}).get("name")]
+            )
         else:
             yield from re.findall(directive, cell.source, re.M)
 
@@ -93,9 +133,20 @@ def bibliography():
 
 def citation(key, parenthesis):
     entry = bibliography()[key]
-    names = [" ".join(p.prelast_names + p.last_names).strip("{}") for p in entry.persons["author"]]
-    who = names[0] + " et al." if len(names) > 3 else " and ".join([", ".join(names[:-1]), names[-1]][len(names) == 1:])
-    return f"{who}, {entry.fields['year']}" if parenthesis else f"{who} ({entry.fields['year']})"
+    names = [
+        " ".join(p.prelast_names + p.last_names).strip("{}")
+        for p in entry.persons["author"]
+    ]
+    who = (
+        names[0] + " et al."
+        if len(names) > 3
+        else " and ".join([", ".join(names[:-1]), names[-1]][len(names) == 1 :])
+    )
+    return (
+        f"{who}, {entry.fields['year']}"
+        if parenthesis
+        else f"{who} ({entry.fields['year']})"
+    )
 
 
 def title(path):
@@ -108,6 +159,7 @@ def reference(label, path):
 
 
 # --- Roles ------------------------------------------------------------------------------------------------------------
+
 
 def role(match, path):
     name, text = match["name"], match["text"].strip()
@@ -126,14 +178,24 @@ def role(match, path):
         return "(the number printed by the cell)"
     if name == "math":
         return f"${text}$"
-    if name.startswith("py:") or name in {"func", "class", "meth", "mod", "file", "code"}:
+    if name.startswith("py:") or name in {
+        "func",
+        "class",
+        "meth",
+        "mod",
+        "file",
+        "code",
+    }:
         return f"`{text.lstrip('~')}`"
     if name in {"sub", "sup"}:
         return f"<{name}>{text}</{name}>"
-    raise ValueError(f"{path.name}: notebooks/sync.py does not know the role {{{name}}}")
+    raise ValueError(
+        f"{path.name}: notebooks/sync.py does not know the role {{{name}}}"
+    )
 
 
 # --- Directives -------------------------------------------------------------------------------------------------------
+
 
 def split_options(body):
     options = {}
@@ -144,7 +206,9 @@ def split_options(body):
 
 
 def quote(lines):
-    """A blockquote; displays in it go on one line, for notebooks read the > of a second one as part of the formula."""
+    """A blockquote; displays in it go on one line, for notebooks read the > of a second
+    one as part of the formula.
+    """
     text = DOLLARS.sub(lambda m: f"$${' '.join(m['tex'].split())}$$", "\n".join(lines))
     text = re.sub(r"\n{3,}", "\n\n", text.strip("\n"))
     return [f"> {line}".rstrip() for line in text.split("\n")]
@@ -162,16 +226,24 @@ def display(tex, label, path):
 def directive(name, argument, body, path):
     options, body = split_options(body)
     if name == "math":
-        return display("\n".join([argument, *body]), options.get("label"), path).split("\n")
+        return display("\n".join([argument, *body]), options.get("label"), path).split(
+            "\n"
+        )
     if name in {"code", "code-block", "literalinclude"}:
         return [f"```{argument}", *body, "```"]
     if name == "figure":
         number = [reference(options["name"], path) + ". "] if "name" in options else []
-        return [f"![{options.get('alt', '')}]({address(argument, path, RAW)})", "", "*" + " ".join(number + body) + "*"]
+        return [
+            f"![{options.get('alt', '')}]({address(argument, path, RAW)})",
+            "",
+            "*" + " ".join(number + body) + "*",
+        ]
     if name == "image":
         return [f"![{options.get('alt', '')}]({address(argument, path, RAW)})"]
     if name == "claims":
-        return [f"*(The built book shows the ledger rows of {', '.join(argument.split())} here.)*"]
+        return [
+            f"*(The built book shows the ledger rows of {', '.join(argument.split())} here.)*"
+        ]
     if name in DROPPED:
         return []
     inner = lower_lines(body, path)
@@ -183,16 +255,26 @@ def directive(name, argument, body, path):
         kind = name[4:].capitalize()
         head = reference(options["label"], path) if "label" in options else kind
         ending = [] if kind != "Proof" else ["", "∎"]
-        return quote([f"**{head}{f' ({argument})' if argument else ''}.**", "", *inner, *ending])
+        return quote(
+            [f"**{head}{f' ({argument})' if argument else ''}.**", "", *inner, *ending]
+        )
     if name in NOTES:
-        return quote([f"**{name.capitalize().replace('Seealso', 'See also')}.** {argument}".rstrip(), "", *inner])
+        return quote(
+            [
+                f"**{name.capitalize().replace('Seealso', 'See also')}.** {argument}".rstrip(),
+                "",
+                *inner,
+            ]
+        )
     if name in {"admonition", "tab-item", "card"}:
         return quote([f"**{argument}**", "", *inner])
     if name in {"margin", "sidebar", "epigraph"}:
         return quote([*([f"**{argument}**", ""] if argument else []), *inner])
     if name in {"tab-set", "grid", "div", "list-table"}:
         return inner
-    raise ValueError(f"{path.name}: notebooks/sync.py does not know the directive {{{name}}}")
+    raise ValueError(
+        f"{path.name}: notebooks/sync.py does not know the directive {{{name}}}"
+    )
 
 
 def lower_lines(lines, path):
@@ -207,7 +289,10 @@ def lower_lines(lines, path):
             out.append(line)
             continue
         closing = re.compile(rf" *{match['fence']}{match['fence'][0]}* *")
-        end = next((j for j in range(i, len(lines)) if closing.fullmatch(lines[j])), len(lines) - 1)
+        end = next(
+            (j for j in range(i, len(lines)) if closing.fullmatch(lines[j])),
+            len(lines) - 1,
+        )
         body, i = lines[i:end], end + 1
         if match["name"]:
             body = [b.removeprefix(match["indent"]) for b in body]
@@ -220,19 +305,30 @@ def lower_lines(lines, path):
 
 # --- The rest of the text ---------------------------------------------------------------------------------------------
 
+
 def address(target, path, base):
-    inside = (ROOT / target.lstrip("/") if target[0] == "/" else path.parent / target).resolve()
+    inside = (
+        ROOT / target.lstrip("/") if target[0] == "/" else path.parent / target
+    ).resolve()
     return base + inside.relative_to(ROOT).as_posix()
 
 
 def links(text, path):
     """Links to our own pages: whole addresses, to the .ipynb of a chapter."""
+
     def point(match):
         target, anchor = match[2], match[3] or ""
         name = address(target, path, BLOB)
         return f"[{match[1]}]({name.replace('.md', '.ipynb') if '/notebooks/' in name else name}{anchor})"
-    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+\.md)(#[^)]*)?\)", point, text)
-    return re.sub(r"!\[([^\]]*)\]\((?!https?:)([^)\s]+)\)", lambda m: f"![{m[1]}]({address(m[2], path, RAW)})", text)
+
+    text = re.sub(
+        r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+\.md)(#[^)]*)?\)", point, text
+    )
+    return re.sub(
+        r"!\[([^\]]*)\]\((?!https?:)([^)\s]+)\)",
+        lambda m: f"![{m[1]}]({address(m[2], path, RAW)})",
+        text,
+    )
 
 
 def write_out(text):
@@ -247,25 +343,37 @@ def words(text, path):
 
 
 def lower(text, path):
-    text = DOLLARS.sub(lambda m: display(m["tex"], m["label"], path) if m["label"] else m[0], text)
+    text = DOLLARS.sub(
+        lambda m: display(m["tex"], m["label"], path) if m["label"] else m[0], text
+    )
     text = "\n".join(lower_lines(text.split("\n"), path))
     out, at = [], 0
     for match in TICKS.finditer(text):
-        out += [words(text[at:match.start()], path), write_out(role(match, path)) if match["name"] else match[0]]
+        out += [
+            words(text[at : match.start()], path),
+            write_out(role(match, path)) if match["name"] else match[0],
+        ]
         at = match.end()
     return "".join([*out, words(text[at:], path)]).strip("\n")
 
 
 def caption(cell, path):
-    """The figure caption that the book takes from the cell's metadata, as a cell of text."""
+    """The figure caption that the book takes from the cell's metadata, as a cell of
+    text.
+    """
     figure = cell.metadata.get("mystnb", {}).get("figure", {})
     if "caption" not in figure:
         return []
     number = reference(figure["name"], path) + ". " if "name" in figure else ""
-    return [nbformat.v4.new_markdown_cell(lower(f"*{number}{figure['caption'].strip()}*", path))]
+    return [
+        nbformat.v4.new_markdown_cell(
+            lower(f"*{number}{figure['caption'].strip()}*", path)
+        )
+    ]
 
 
 # --- The notebook -----------------------------------------------------------------------------------------------------
+
 
 def convert(path):
     nb = jupytext.read(path, fmt="md:myst")
@@ -277,7 +385,9 @@ def convert(path):
             cells.append(cell)
         cells += caption(cell, path)
     first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code")
-    cells.insert(first, nbformat.v4.new_code_cell(INSTALL, metadata={"tags": ["install"]}))
+    cells.insert(
+        first, nbformat.v4.new_code_cell(INSTALL, metadata={"tags": ["install"]})
+    )
     for i, cell in enumerate(cells):
         cell.id = hashlib.sha1(f"{path.stem}:{i}".encode()).hexdigest()[:8]
     nb.cells = cells
@@ -289,14 +399,23 @@ def convert(path):
 
 def faults(path):
     """What MyST misreads without a warning."""
-    def blank(match):      # code may say what it likes
+
+    def blank(match):  # code may say what it likes
         return "\n" * match[0].count("\n")
+
     text = path.read_text(encoding="utf8")
-    text = re.sub(r"^ *(`{3,})(?!\{(?!code)).*?^ *\1 *$|`[^`\n]+`", blank, text, flags=re.S | re.M)
+    text = re.sub(
+        r"^ *(`{3,})(?!\{(?!code)).*?^ *\1 *$|`[^`\n]+`", blank, text, flags=re.S | re.M
+    )
     inside, above = False, ""
     for i, line in enumerate(text.split("\n"), 1):
         line = line.strip(" >")
-        if line.startswith("$$") and not inside and above and not above.startswith((":", "`", "(")):
+        if (
+            line.startswith("$$")
+            and not inside
+            and above
+            and not above.startswith((":", "`", "("))
+        ):
             yield f"{path.name}:{i}: a display needs a blank line before it"
         if not inside and not line.startswith("$$") and "$$" in line:
             yield f"{path.name}:{i}: a display begins its line"
@@ -307,7 +426,11 @@ def faults(path):
 
 
 def main(check):
-    wrong = [fault for path in [*chapters(), *(ROOT / "book").glob("*.md")] for fault in faults(path)]
+    wrong = [
+        fault
+        for path in [*chapters(), *(ROOT / "book").glob("*.md")]
+        for fault in faults(path)
+    ]
     for path in chapters():
         made, target = convert(path), path.with_suffix(".ipynb")
         same = target.exists() and target.read_text(encoding="utf8") == made
@@ -316,7 +439,11 @@ def main(check):
         elif not same:
             target.write_text(made, encoding="utf8")
     sources = {p.stem for p in chapters()}
-    wrong += [f"no source: {p.name}" for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem not in sources]
+    wrong += [
+        f"no source: {p.name}"
+        for p in (ROOT / "notebooks").glob("*.ipynb")
+        if p.stem not in sources
+    ]
     print("\n".join(wrong), end="\n" if wrong else "")
     return bool(wrong)
 

@@ -1,13 +1,14 @@
-"""Every ledger row can fail: break its formula on purpose, run the chapter, and see the row go red.
+"""Every ledger row can fail: break its formula on purpose, run the chapter, and see the
+row go red.
 
-tests/breaks/<chapter>.yml lists, for each row, a text that stands once in the chapter's code, its replacement, and why
-that is an error one could make. All breaks of a chapter are applied at once.
-"""
+tests/breaks/<chapter>.yml lists, for each row, a text that stands once in the chapter's
+code, its replacement, and why that is an error one could make. All breaks of a chapter
+are applied at once."""
 
 import pytest
 from conftest import CHAPTERS, ROOT, breaks
 
-from ngdcore.experiment import harvest
+from ngdcore.ledger import harvest
 
 FILES = sorted((ROOT / "tests" / "breaks").glob("*.yml"))
 
@@ -26,4 +27,6 @@ def test_broken_formulas_go_red(stem, run_chapter, run_broken):
 
 
 def test_every_chapter_with_rows_has_breaks(run_chapter):
-    assert [stem for stem in CHAPTERS if harvest(run_chapter(stem)[0])[0]] == [path.stem for path in FILES]
+    assert [stem for stem in CHAPTERS if harvest(run_chapter(stem)[0])[0]] == [
+        path.stem for path in FILES
+    ]

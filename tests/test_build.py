@@ -1,4 +1,7 @@
-"""When the book runs chapters again, and that a failing one fails it; on a small book of one chapter."""
+"""When the book runs chapters again, and that a failing one fails it; on a small book
+of one chapter.
+"""
+
 import json
 import shutil
 import subprocess
@@ -28,19 +31,27 @@ display({{"text/plain": "a row"}}, raw=True, metadata={{"ngd": row}})
 ```
 """
 TABLES = ("claims} Z-T1", "tally}", "build-report}", "scoreboard}")
-PROSE = "# Results\n\n## Rows\n\n" + "\n".join(f"```{{{table}\n```\n" for table in TABLES)
+PROSE = "# Results\n\n## Rows\n\n" + "\n".join(
+    f"```{{{table}\n```\n" for table in TABLES
+)
 
 
 @pytest.fixture
 def small(tmp_path):
     for folder in ("ngdcore", "book/_ext", "book/assets/css"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     shutil.copy(ROOT / "book/claims.yml", tmp_path / "book")
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     config["bibtex_bibfiles"] = ["references.bib"]
     (tmp_path / "references.bib").touch()
     (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: results\nchapters: [file: chapter]\n")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: results\nchapters: [file: chapter]\n"
+    )
     (tmp_path / "results.md").write_text(PROSE)
     (tmp_path / "chapter.md").write_text(CHAPTER.format(measured="1.0"))
     return tmp_path
@@ -74,42 +85,64 @@ def test_what_runs_again_and_what_the_ledger_keeps(small):
     assert not build() and page() == first, "an unchanged book"
 
     (small / "results.md").write_text(PROSE + "\nOne more sentence.\n")
-    assert not build() and row(small)["measured"] == 1.0, "rows of chapters that were not read again"
+    assert not build() and row(small)["measured"] == 1.0, (
+        "rows of chapters that were not read again"
+    )
 
     shutil.rmtree(small / "_build/html")
     shutil.rmtree(small / "_build/.doctrees")
     shutil.rmtree(small / "_build/jupyter_execute")
-    assert not build() and row(small)["measured"] == 1.0, "rows of a chapter taken from the cache"
+    assert not build() and row(small)["measured"] == 1.0, (
+        "rows of a chapter taken from the cache"
+    )
 
     (small / "chapter.md").write_text(CHAPTER.format(measured="1.5"))
-    assert build() and row(small)["measured"] == 1.5 and "1.5" in page(), "a page that was not itself changed"
+    assert build() and row(small)["measured"] == 1.5 and "1.5" in page(), (
+        "a page that was not itself changed"
+    )
 
     with open(small / "ngdcore/__init__.py", "a") as file:
         file.write("\n# changed\n")
     assert build(), "a change in the package"
-    assert build(NGD_SCALE="paper") and row(small)["rows"][0]["scale"] == "paper", "another scale"
+    assert build(NGD_SCALE="paper") and row(small)["rows"][0]["scale"] == "paper", (
+        "another scale"
+    )
     assert not build(), "back to the first"
 
 
 def test_chapters_run_beforehand_are_found_by_the_build(small):
-    """What `make book` does first: runs what has no run yet, shows what failed, and keeps the rest."""
+    """What `make book` does first: runs what has no run yet, shows what failed, and
+    keeps the rest.
+    """
     (small / "notebooks").mkdir()
-    (small / "_toc.yml").write_text("format: jb-book\nroot: results\nchapters:\n"
-                                    "- file: notebooks/good\n- file: notebooks/bad\n")
+    (small / "_toc.yml").write_text(
+        "format: jb-book\nroot: results\nchapters:\n"
+        "- file: notebooks/good\n- file: notebooks/bad\n"
+    )
     good, bad = CHAPTER.format(measured="1.0"), CHAPTER.format(measured="1 / 0")
     (small / "notebooks/good.md").write_text(good)
     (small / "notebooks/bad.md").write_text(bad)
 
     def beforehand():
         command = [sys.executable, str(small / "book/_ext/chapters.py")]
-        done = subprocess.run(command, env=environment(), text=True, capture_output=True)
+        done = subprocess.run(
+            command, env=environment(), text=True, capture_output=True
+        )
         return done.returncode, done.stdout + done.stderr
 
     status, log = beforehand()
-    assert status != 0 and "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
-    (small / "notebooks/bad.md").write_text(good + "\n```{code-cell} python3\n1 + 1\n```\n")
+    assert (
+        status != 0 and "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
+    )
+    (small / "notebooks/bad.md").write_text(
+        good + "\n```{code-cell} python3\n1 + 1\n```\n"
+    )
     status, log = beforehand()
     assert status == 0 and "1 of 2 chapters to run" in log and "good" not in log
     assert "0 of 2 chapters to run" in beforehand()[1]
     status, log = jupyter_book(small)
-    assert status == 0 and log.count("Using cached notebook") == 2 and "Executing notebook" not in log
+    assert (
+        status == 0
+        and log.count("Using cached notebook") == 2
+        and "Executing notebook" not in log
+    )

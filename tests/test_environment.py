@@ -1,4 +1,7 @@
-"""One statement of what is needed: pyproject.toml says it, the lock and environment.yml must agree."""
+"""One statement of what is needed: pyproject.toml says it, the lock and environment.yml
+must agree.
+"""
+
 import re
 import subprocess
 import tomllib
@@ -10,9 +13,18 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
-LOCKED = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in LOCK.items()}
-REQUIRED = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+LOCK = dict(
+    line.split("==")
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if "==" in line
+)
+LOCKED = {
+    re.sub(r"[-_.]+", "-", name).lower(): version for name, version in LOCK.items()
+}
+REQUIRED = [
+    *PROJECT["dependencies"],
+    *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
+]
 
 
 @pytest.mark.parametrize("text", REQUIRED)
@@ -42,6 +54,13 @@ def test_makefile_and_readme_agree_on_the_two_commands():
 
 
 def test_the_address_stands_in_one_place():
-    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"].removeprefix("https://")
-    found = subprocess.run(["git", "grep", "-lF", address, "--", ":!*.ipynb"], cwd=ROOT, capture_output=True, text=True)
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"][
+        "url"
+    ].removeprefix("https://")
+    found = subprocess.run(
+        ["git", "grep", "-lF", address, "--", ":!*.ipynb"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert found.stdout.split() == ["_config.yml"]

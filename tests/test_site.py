@@ -1,4 +1,5 @@
 """The built pages in a real browser: every page, at desk and phone width."""
+
 import functools
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -6,8 +7,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import CHAPTERS
 
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync").split()
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
 WIDTHS = {"desk": 1280, "phone": 390}
 
 FACTS = r"""async () => {
@@ -52,7 +55,10 @@ def address(built):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built[0])))
+
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(built[0]))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -62,7 +68,12 @@ def address(built):
 def visits(built, address, chromium):
     """{(page, width): facts}: what the browser found on every page of the site."""
     from playwright.sync_api import sync_playwright
-    pages = sorted(p.relative_to(built[0]).as_posix() for p in built[0].rglob("*.html") if "_static" not in p.parts)
+
+    pages = sorted(
+        p.relative_to(built[0]).as_posix()
+        for p in built[0].rglob("*.html")
+        if "_static" not in p.parts
+    )
     assert pages
     found = {}
     with sync_playwright() as playwright:
@@ -80,7 +91,12 @@ def visit(tab, address, page):
     errors, outside = [], []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.on("requestfailed", lambda request: errors.append(f"failed: {request.url}"))
-    tab.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or outside.append(r.url))
+    tab.on(
+        "request",
+        lambda r: (
+            r.url.startswith((address, "data:", "blob:")) or outside.append(r.url)
+        ),
+    )
     tab.goto(address + page, wait_until="load")
     if page == "index.html":
         tab.wait_for_url("**/book/*.html")
@@ -93,33 +109,55 @@ def offenders(visits, key):
     return {place: facts[key] for place, facts in visits.items() if facts[key]}
 
 
-@pytest.mark.parametrize("fault", ["raw", "wrong", "untypeset", "errors", "outside", "out"])
+@pytest.mark.parametrize(
+    "fault", ["raw", "wrong", "untypeset", "errors", "outside", "out"]
+)
 def test_no_page_has(visits, fault):
-    """raw TeX, formulas that failed, formulas left alone, script errors, requests elsewhere, things that stick out."""
+    """raw TeX, formulas that failed, formulas left alone, script errors, requests
+    elsewhere, things that stick out.
+    """
     assert offenders(visits, fault) == {}
 
 
 def test_math_is_there_at_all(visits):
-    assert not [stem for stem in CHAPTERS if not visits[f"notebooks/{stem}.html", "desk"]["math"]]
+    assert not [
+        stem
+        for stem in CHAPTERS
+        if not visits[f"notebooks/{stem}.html", "desk"]["math"]
+    ]
 
 
 def test_no_page_is_wider_than_the_screen(visits):
-    assert not [place for place, facts in visits.items() if facts["page"][0] > facts["page"][1]]
+    assert not [
+        place for place, facts in visits.items() if facts["page"][0] > facts["page"][1]
+    ]
 
 
 def test_every_image_loads_and_has_an_alternative(visits):
-    assert not [(place, alt) for place, facts in visits.items() for alt, _, loaded in facts["images"]
-                if not alt.strip() or not loaded]
+    assert not [
+        (place, alt)
+        for place, facts in visits.items()
+        for alt, _, loaded in facts["images"]
+        if not alt.strip() or not loaded
+    ]
 
 
 def figures(visits):
-    return [(page, alt) for (page, width), facts in visits.items() if width == "desk"
-            for alt, computed, _ in facts["images"] if computed]
+    return [
+        (page, alt)
+        for (page, width), facts in visits.items()
+        if width == "desk"
+        for alt, computed, _ in facts["images"]
+        if computed
+    ]
 
 
 def test_figures_say_their_axes_and_what_is_seen(visits):
     def says(alt):
-        return len(alt) >= 40 and any(word in alt.lower() for word in ("axis", "axes", "against", "versus"))
+        return len(alt) >= 40 and any(
+            word in alt.lower() for word in ("axis", "axes", "against", "versus")
+        )
+
     assert not [figure for figure in figures(visits) if not says(figure[1])]
 
 

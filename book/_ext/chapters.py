@@ -1,9 +1,11 @@
-"""Run chapters several at a time, and keep the runs where the book looks for what has run already.
+"""Run chapters several at a time, and keep the runs where the book looks for what has
+run already.
 
     python book/_ext/chapters.py        every chapter of _toc.yml that has no run yet
 
-`make book` does this before `jupyter-book build .`, which would run the same chapters one after the other.
-"""
+`make book` does this before `jupyter-book build .`, which would run the same chapters
+one after the other."""
+
 import os
 import sys
 import time
@@ -21,17 +23,17 @@ from nbclient import NotebookClient
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS = max(2, min(4, os.cpu_count() or 1))       # kernels of one thread each
+WORKERS = max(2, min(4, os.cpu_count() or 1))  # kernels of one thread each
 PROBE = """import resource, ngdcore
 used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 print(sum(u.ru_utime + u.ru_stime for u in used), ngdcore.__file__)"""
 
 
 class Run(NamedTuple):
-    nb: nbformat.NotebookNode   # executed
-    seconds: float              # that passed
-    cpu: float                  # CPU seconds of the kernel
-    package: str                # the copy of ngdcore that it imported
+    nb: nbformat.NotebookNode  # executed
+    seconds: float  # that passed
+    cpu: float  # CPU seconds of the kernel
+    package: str  # the copy of ngdcore that it imported
 
 
 def read(path):
@@ -44,12 +46,21 @@ def read(path):
 def execute(nb, env, **options):
     """Run a notebook in an empty folder, in a kernel of its own with this environment."""
     nb.cells.append(nbformat.v4.new_code_cell(PROBE))
-    # A run is found again by its code cells with their metadata, and by the kernel's name: all stay as written.
+    # A run is found again by its code cells with their metadata, and by the kernel's
+    # name: all stay as written.
     kernelspec, start = nb.metadata.kernelspec, time.perf_counter()
     with TemporaryDirectory() as folder:
-        options |= {"resources": {"metadata": {"path": folder}}, "extra_arguments": ["--log-level=ERROR"]}
-        NotebookClient(nb, timeout=600, record_timing=False, **options).execute(env=env | THREADS)
-    seconds, (cpu, package) = time.perf_counter() - start, nb.cells.pop().outputs[0]["text"].split()
+        options |= {
+            "resources": {"metadata": {"path": folder}},
+            "extra_arguments": ["--log-level=ERROR"],
+        }
+        NotebookClient(nb, timeout=600, record_timing=False, **options).execute(
+            env=env | THREADS
+        )
+    seconds, (cpu, package) = (
+        time.perf_counter() - start,
+        nb.cells.pop().outputs[0]["text"].split(),
+    )
     nb.metadata.kernelspec = kernelspec
     return Run(nb, seconds, float(cpu), package)
 
@@ -70,10 +81,16 @@ def main():
     """Returns how many chapters failed; their tracebacks are printed."""
     path = cache_path(ROOT, os.environ.get("NGD_DATA_DIR"))
     path.mkdir(parents=True, exist_ok=True)
-    cache, pages = get_cache(path), (ROOT / f"{name}.md" for name in parse_toc_yaml(ROOT / "_toc.yml"))
+    cache, pages = (
+        get_cache(path),
+        (ROOT / f"{name}.md" for name in parse_toc_yaml(ROOT / "_toc.yml")),
+    )
     chapters = {page: read(page) for page in pages if page.parent.name == "notebooks"}
     todo = {page: nb for page, nb in chapters.items() if not known(cache, nb)}
-    print(f"{len(todo)} of {len(chapters)} chapters to run, {WORKERS} at a time", flush=True)
+    print(
+        f"{len(todo)} of {len(chapters)} chapters to run, {WORKERS} at a time",
+        flush=True,
+    )
     env, failed = os.environ | {"NGD_BOOK": "1", "PYTHONPATH": str(ROOT)}, 0
     with ThreadPoolExecutor(WORKERS) as pool:
         pages = {pool.submit(execute, nb, env): page for page, nb in todo.items()}
@@ -82,11 +99,18 @@ def main():
                 page, error = pages[future], future.exception()
                 if error:
                     failed += 1
-                    print(f"[{count}/{len(todo)}] {page.stem} failed: {error}", file=sys.stderr, flush=True)
+                    print(
+                        f"[{count}/{len(todo)}] {page.stem} failed: {error}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 else:
                     run = future.result()
                     keep(cache, run.nb, page, run.seconds)
-                    print(f"[{count}/{len(todo)}] {page.stem}: {run.seconds:.1f} s", flush=True)
+                    print(
+                        f"[{count}/{len(todo)}] {page.stem}: {run.seconds:.1f} s",
+                        flush=True,
+                    )
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise

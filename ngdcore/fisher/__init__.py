@@ -1,0 +1,31 @@
+r"""Fisher matrices, exact and approximate, seen from the output space: one family a
+file.
+
+A Fisher :math:`F` turns an output residual :math:`g` into a weight direction
+:math:`d = \frac1N F^+ J^\top g`, and a pair of factors into the coefficient matrix
+:math:`Q = \frac1N J F^+ J^\top`. The one law holds for all of them: pushing the
+direction forward gives :math:`J d = Q g`. With damping, :math:`F + \rho I` stands for
+:math:`F`."""
+
+from ..solve import Info, RankDeficient
+from .base import Fisher
+from .deep_linear import DeepLinearExact
+from .kfac import KFAC, TridiagonalKFAC
+from .layerwise import BlockDiagonal, BlockTridiagonal, Exact, LayerWise
+from .unitwise import Diagonal, QuasiDiagonal, UnitWise
+
+__all__ = [
+    "Fisher",
+    "Exact",
+    "LayerWise",
+    "BlockDiagonal",
+    "BlockTridiagonal",
+    "KFAC",
+    "TridiagonalKFAC",
+    "UnitWise",
+    "QuasiDiagonal",
+    "Diagonal",
+    "DeepLinearExact",
+    "Info",
+    "RankDeficient",
+]
