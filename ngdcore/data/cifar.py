@@ -88,12 +88,12 @@ def _read(
     if each and strip:
         images, labels = _read_strip(strip)
     else:
+        batches = "test_batch" if "test" in file else r"data_batch_\d"
         images, labels = obtain(
             [ARCHIVE, f"cifar10/{ARCHIVE}"],
-            partial(
-                _read_archive, batches="test" if "test" in file else r"data_batch_\d"
-            ),
+            partial(_read_archive, batches=batches),
             HOME if download else (),
+            also=[f"{file}.png"] if each else [],
         )
     if each:
         heads = [np.flatnonzero(labels == c)[:each] for c in CLASSES]

@@ -18,6 +18,7 @@ from ..extras import load
 __all__ = ["DataError"]
 
 Read = TypeVar("Read")
+CHECKOUT = Path(__file__).parents[2] / "data"
 
 
 class DataError(RuntimeError):
@@ -78,6 +79,8 @@ SHIPPED = [name for name in SHA256 if "first" in name or name.startswith("fashio
 
 def check(raw: bytes, name: str) -> None:
     """Raise a `Fault` unless these are the bytes known by this name."""
+    if not raw:
+        raise Fault("is empty")
     if hashlib.sha256(raw).hexdigest() != SHA256[name]:
         raise Fault("has been altered (SHA-256 of its bytes differs)")
 
@@ -86,10 +89,7 @@ def shipped(name: str) -> Path:
     """Where a file that ships lies: in the wheel, or beside the package in a
     checkout.
     """
-    homes = [
-        resources.files("ngdcore") / "_data",
-        Path(__file__).parents[2] / "data",
-    ]
+    homes = (resources.files("ngdcore") / "_data", CHECKOUT)
     for path in (home / f"{name}.gz" for home in homes):
         if path.is_file():
             return path
@@ -124,13 +124,17 @@ def _pooch():
 
 
 def obtain(
-    spellings: Sequence[str], read: Callable[[Path], Read], mirrors: Sequence[str]
+    spellings: Sequence[str],
+    read: Callable[[Path], Read],
+    mirrors: Sequence[str],
+    also: Sequence[str] = (),
 ) -> Read:
     """What ``read`` makes of the first good file that is found under a spelling in a
     home, or else is fetched, by the first spelling, from a mirror.
 
     A bad file is an error under the first spelling, which is ours; under the others,
-    which other programs use too, it is passed over, and named if nothing is found.
+    which other programs use too, it is passed over, and named if nothing is found. So
+    is what the caller has ``also`` looked for.
     """
     passed = []
     for home in homes():
@@ -149,7 +153,7 @@ def obtain(
     raise DataError(
         f"{spellings[0]} is needed and was found nowhere; put it into a folder that"
         f" NGD_DATA_DIR names, or into {cache()}. Looked in {_listed(homes())} for"
-        f" {_listed(spellings)}."
+        f" {_listed([*spellings, *also])}."
         + (f" Passed over: {'; '.join(passed)}." if passed else "")
         + (f" Mirrors tried: {'; '.join(failures)}" if failures else "")
     )
