@@ -115,31 +115,46 @@ def record(
     >>> row["holds"], row["slack"]
     (True, 1.0)
     """
-    name, _, part = claim.partition("/")
-    if name not in registry():
-        close = difflib.get_close_matches(name, registry(), n=3)
-        raise KeyError(
-            f"{name!r} is not in the registry of claims; did you mean {close}?"
-        )
+    name, part = _place(claim)
     m, p = numbers(measured), numbers(predicted)
     row = {
         "id": name,
-        "part": part or None,
-        "measured": _plain(m),
-        "predicted": _plain(p),
-        "rel": rel,
-        "rtol": float(rtol),
-        "atol": float(atol),
-        "holds": _holds(m, p, rel, rtol, atol),
+        "part": part,
+        **_judged(m, p, rel, float(rtol), float(atol)),
         **_in_print(m, printed, printed_rel or rel, rtol, atol),
         "derived": bool(derived),
-        "slack": _slack(m, p, rel),
         "note": note,
         **_circumstances(measured, m),
     }
     metadata = {"ngd": json.loads(json.dumps(row, default=str))}
     _display(_row_text(row), _row_html(row), metadata)
     return _Row(row)
+
+
+def _place(claim: str) -> tuple[str, str | None]:
+    """ID and part of ``ID/part``; an ID that the registry does not have is refused."""
+    name, _, part = claim.partition("/")
+    if name not in registry():
+        close = difflib.get_close_matches(name, registry(), n=3)
+        raise KeyError(
+            f"{name!r} is not in the registry of claims; did you mean {close}?"
+        )
+    return name, part or None
+
+
+def _judged(m: np.ndarray, p: np.ndarray, rel: str, rtol: float, atol: float) -> dict:
+    """What a row says of measured and predicted: both, how they are compared, whether
+    that holds, and how much room a bound leaves.
+    """
+    return {
+        "measured": _plain(m),
+        "predicted": _plain(p),
+        "rel": rel,
+        "rtol": rtol,
+        "atol": atol,
+        "holds": _holds(m, p, rel, rtol, atol),
+        "slack": _slack(m, p, rel),
+    }
 
 
 def _in_print(m: np.ndarray, printed, rel: str, rtol: float, atol: float) -> dict:
@@ -360,6 +375,7 @@ def _row_cells(row: dict) -> tuple[list[str], str]:
 
 
 def _row_text(row: dict) -> str:
+    """A row as one line of text."""
     (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
     rest = "".join(f"; {x}" for x in printed)
     return (

@@ -185,7 +185,7 @@ def interactive(figure, alt: str):
 
 
 class _Offline:
-    """A figure that shows itself as HTML with plotly.js from the site."""
+    """A figure, and what a reader who cannot see it should know."""
 
     def __init__(self, figure, alt):
         self.figure, self.alt = figure, alt
@@ -194,6 +194,7 @@ class _Offline:
         return f"interactive figure: {self.alt}"
 
     def _repr_html_(self) -> str:
+        """What a notebook shows; plotly.js comes from the site."""
         config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
         drawn = self.figure.to_html(
             full_html=False, include_plotlyjs="../_static/plotly.min.js", config=config

@@ -403,43 +403,41 @@ def little(monkeypatch, tmp_path):
     """A CIFAR-10 of 60 and 30 made-up images in every form that is read, and the arrays
     themselves.
     """
-    rng, folder = np.random.default_rng(0), tmp_path / "given"
+    rng, folder, arrays = np.random.default_rng(0), tmp_path / "given", {}
     (folder / "cifar10").mkdir(parents=True)
-    whole, arrays = {}, {}
     for split, n, file in (("train", 60, "train5000"), ("test", 30, "test2000")):
-        images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        labels = np.concatenate([np.arange(10), rng.integers(0, 10, n - 10)]).astype(
-            np.uint8
-        )
-        arrays[split] = images, labels
-        plt.imsave(folder / "cifar10" / f"{file}.png", images.reshape(-1, 32, 3))
-        np.savez_compressed(
-            folder / "cifar10" / f"{file}_labels.npz", y=labels, index=np.arange(n)
-        )
-        monkeypatch.setitem(
-            files.SHA256, f"cifar10/{file}", sha256(images.tobytes() + labels.tobytes())
-        )
-        whole[split] = np.concatenate(
-            [labels[:, None], images.transpose(0, 3, 1, 2).reshape(n, -1)], 1
-        ).tobytes()
-    batch, parts = (
-        len(whole["train"]) // 5,
-        {"test_batch.bin": whole["test"], "readme.html": b"no data"},
-    )
-    parts |= {
-        f"data_batch_{k}.bin": whole["train"][(k - 1) * batch : k * batch]
-        for k in (3, 1, 2, 5, 4)
-    }
-    with tarfile.open(folder / cifar.ARCHIVE, "w:gz") as tar:
+        raw = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        labels = np.concatenate([np.arange(10), rng.integers(0, 10, n - 10)])
+        labels = labels.astype(np.uint8)
+        arrays[split] = raw, labels
+        strip = folder / "cifar10" / file
+        plt.imsave(f"{strip}.png", raw.reshape(-1, 32, 3))
+        np.savez_compressed(f"{strip}_labels.npz", y=labels, index=np.arange(n))
+        hashed = sha256(raw.tobytes() + labels.tobytes())
+        monkeypatch.setitem(files.SHA256, f"cifar10/{file}", hashed)
+    archive(folder / cifar.ARCHIVE, arrays)
+    hashed = sha256((folder / cifar.ARCHIVE).read_bytes())
+    monkeypatch.setitem(files.SHA256, cifar.ARCHIVE, hashed)
+    monkeypatch.setenv("NGD_DATA_DIR", str(folder))
+    return folder, arrays
+
+
+def archive(path, arrays):
+    """The same images as the authors pack them, in five batches out of order."""
+    whole = {}
+    for split, (raw, labels) in arrays.items():
+        planes = raw.transpose(0, 3, 1, 2).reshape(len(raw), -1)
+        whole[split] = np.concatenate([labels[:, None], planes], 1).tobytes()
+    parts = {"test_batch.bin": whole["test"], "readme.html": b"no data"}
+    batch = len(whole["train"]) // 5
+    for k in (3, 1, 2, 5, 4):
+        rows = whole["train"][(k - 1) * batch : k * batch]
+        parts[f"data_batch_{k}.bin"] = rows
+    with tarfile.open(path, "w:gz") as tar:
         for name, raw in parts.items():
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             entry.size = len(raw)
             tar.addfile(entry, io.BytesIO(raw))
-    monkeypatch.setitem(
-        files.SHA256, cifar.ARCHIVE, sha256((folder / cifar.ARCHIVE).read_bytes())
-    )
-    monkeypatch.setenv("NGD_DATA_DIR", str(folder))
-    return folder, arrays
 
 
 def sha256(raw):
@@ -454,8 +452,8 @@ def test_cifar_is_the_same_from_strips_and_from_the_archive(little):
     folder, arrays = little
     strips = few()
     (folder / "cifar10").rename(folder / "elsewhere")
-    archive = few()
-    for d in (strips, archive):
+    packed = few()
+    for d in (strips, packed):
         for x, labels, (raw, y) in zip(
             (d.x, d.x_test), (d.labels, d.labels_test), arrays.values()
         ):
