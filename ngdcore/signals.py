@@ -273,6 +273,10 @@ class Signals:
         self._check_versions()
         return signals(self.net, x)
 
+    def check(self) -> None:
+        """Raise if the network's weights have moved since these signals were taken."""
+        self._check_versions()
+
     def _check_versions(self) -> None:
         if self.versions != _versions(self.net):
             raise ValueError(
