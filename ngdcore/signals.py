@@ -55,6 +55,7 @@ class Signals:
     versions: tuple[int, ...] = field(repr=False)
     sweep: Callable[[Tensor], list[Tensor]] = field(repr=False)
     linear: bool = False
+    rows: int | None = None
 
     @property
     def n(self) -> int:
@@ -63,8 +64,14 @@ class Signals:
 
     @property
     def c(self) -> int:
-        """Number of outputs C."""
-        return self.outputs.shape[1]
+        """Number of rows of D a sample: outputs C, or the k rows of a weight R."""
+        return self.rows or self.outputs.shape[1]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The trained parameters, in the order of `vjp`'s result."""
+        pairs = zip(self.layers, self.H)
+        return [p for layer, H in pairs for p, _ in _trained(layer, H)]
 
     @cached_property
     def D(self) -> list[Tensor]:
@@ -184,7 +191,7 @@ class Signals:
 
         Parameters
         ----------
-        R : Tensor, (N, C, C)
+        R : Tensor, (N, k, C)
 
         Examples
         --------
@@ -194,11 +201,13 @@ class Signals:
         >>> torch.allclose(ngd.kernels.empirical(twice).gram(), 4 * ngd.kernels.empirical(sig).gram())
         True
         """
-        if R.shape != (self.n, self.c, self.c):
+        if R.ndim != 3 or (len(R), R.shape[2]) != (self.n, self.c):
             raise ValueError(
-                f"R must be (N, C, C) = {(self.n, self.c, self.c)}, not {tuple(R.shape)}"
+                f"R must be (N, k, C) = ({self.n}, k, {self.c}), not {tuple(R.shape)}"
             )
-        return replace(self, sweep=lambda v: self.sweep(v @ R), linear=False)
+        return replace(
+            self, sweep=lambda v: self.sweep(v @ R), linear=False, rows=R.shape[1]
+        )
 
     def pack(self, layers: list, out: list[Tensor] | None = None) -> list[Tensor]:
         r"""One tensor a trained parameter from one matrix a trained layer, with its
@@ -257,7 +266,7 @@ class Signals:
             raise ValueError(
                 f"direction must have the trained parameters' shapes {[tuple(p.shape) for p in params]}"
             )
-        total, parts = torch.zeros_like(self.outputs), iter(direction)
+        total, parts = self.outputs.new_zeros(self.n, self.c), iter(direction)
         for layer, H, D in zip(self.layers, self.H, self.D):
             change = sum(
                 columns @ next(parts).reshape(-1, columns.shape[1]).T

@@ -167,6 +167,36 @@ class Fisher:
         """
         return self.alpha(factors)
 
+    def full_step(self, sig: Signals) -> float:
+        r"""The learning rate of one full step, :math:`1/\alpha`, where Q is isotropic and
+        :math:`\alpha` is known without forming it; 1 elsewhere.
+        """
+        return 1.0
+
+    def optimal_lr(self, sig: Signals, damping: float = 0.0) -> float:
+        r"""The best constant learning rate of the linearised problem,
+        :math:`2/(\lambda_{\min} + \lambda_{\max})` of Q.
+        """
+        if damping == 0 or getattr(self, "samples", 0):
+            return 1 / self.best_alpha(empirical(sig))
+        n = min(sig.n * sig.c, 24)
+        start = torch.Generator().manual_seed(0)
+        q = torch.randn(sig.n * sig.c, generator=start, dtype=torch.float64)
+        basis = [q.to(sig.outputs) / q.norm().to(sig.outputs)]
+        small = torch.zeros(n, n, dtype=sig.outputs.dtype)
+        for k in range(n):
+            q = sig.jvp(self.direction(sig, basis[k], damping)).flatten()
+            for j, b in enumerate(basis):
+                small[j, k] = b @ q
+            for b in basis * 2:
+                q = q - (b @ q) * b
+            if k == n - 1 or not q.norm() > 1e-10 * abs(small[k, k]):
+                small = small[: k + 1, : k + 1]
+                break
+            basis.append(q / q.norm())
+        values = torch.linalg.eigvalsh((small + small.T) / 2)
+        return 2 / float(values[0] + values[-1])
+
     def _weights(self, factors: Factors, rhs: Tensor, damping: float):
         r"""Output weights v with
         :math:`\frac1N (F + \rho)^+ J^\top r = \sum_l J_l^\top v_l` for every column r

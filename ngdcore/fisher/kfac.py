@@ -84,6 +84,15 @@ class KFAC(Fisher):
     def best_alpha(self, factors: Factors) -> float:
         return float(factors.depth) if self.samples else self.alpha(factors)
 
+    def full_step(self, sig) -> float:
+        if self.samples:
+            return 1 / len(sig.H)
+        wide = [
+            sig.n <= H.shape[1] and sig.n * sig.c <= layer.out_features
+            for H, layer in zip(sig.H, sig.layers)
+        ]
+        return 1 / sum(sig.n if few else 1 for few in wide)
+
     def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
         train, a = factors.train, check_damping(damping) ** 0.5
         n, b, Q = train.columns, self.variance * a, 0.0

@@ -139,6 +139,9 @@ class LayerWise(Fisher):
     def best_alpha(self, factors: Factors) -> float:
         return float(_shares(self._sigma(factors.depth))[0].sum())
 
+    def full_step(self, sig) -> float:
+        return 1 / float(_shares(self._sigma(len(sig.H)))[0].sum())
+
     def poles(self, factors: Factors) -> Tensor:
         r"""The dampings at which :math:`F + \rho I` is singular, ascending: none if
         :math:`\Sigma` is semi-definite.
