@@ -1,7 +1,6 @@
 """The natural gradient as a `torch.optim.Optimizer`."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fisher import Fisher, RankDeficient
+from ..fisher import Fisher, Info, RankDeficient
 from ..signals import Signals, signals
 from .adaptive import Adaptive
+from .groups import check_parts, number, param_groups
 from .losses import half_mse, residual
 from .metric import weigh
 
@@ -160,17 +160,17 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         groups: Iterable[dict[str, Any]] | None = None,
     ):
-        _check_parts(net, fisher, metric)
+        check_parts(net, fisher, metric)
         optimal = isinstance(lr, str)
         if optimal and lr != "optimal":
             raise ValueError(f"lr={lr!r} must be a positive number or 'optimal'")
         adaptive = damping if isinstance(damping, Adaptive) else None
         defaults = dict(
-            lr=1.0 if optimal else _number("lr", lr, positive=True),
-            damping=_number("damping", adaptive.start if adaptive else damping),
-            weight_decay=_number("weight_decay", weight_decay),
+            lr=1.0 if optimal else number("lr", lr, positive=True),
+            damping=number("damping", adaptive.start if adaptive else damping),
+            weight_decay=number("weight_decay", weight_decay),
         )
-        super().__init__(_param_groups(net, groups), defaults)
+        super().__init__(param_groups(net, groups), defaults)
         self.net, self.fisher, self.metric = net, fisher, metric
         self.adaptive = adaptive
         # what group["lr"] is a multiple of: 1, or the optimal rate (None: unknown yet)
@@ -234,7 +234,8 @@ class NaturalGradient(torch.optim.Optimizer):
         --------
         >>> import torch, ngdcore as ngd
         >>> net, x = ngd.models.MLP([3, 16, 3], seed=0), ngd.data.gaussian(4, 3)
-        >>> opt = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), 0.3, metric="softmax")
+        >>> F = ngd.fisher.Exact()
+        >>> opt = ngd.optim.NaturalGradient(net, F, lr=0.3, metric="softmax")
         >>> labels, loss = torch.tensor([0, 1, 2, 0]), torch.nn.CrossEntropyLoss()
         >>> opt.step(x, labels, loss=loss).loss > opt.step(x, labels, loss=loss).loss
         True
@@ -260,21 +261,12 @@ class NaturalGradient(torch.optim.Optimizer):
         slots = self._slots(sig)
         value, g = residual(loss, sig.outputs, y, sig.params)
         seen, r = weigh(self.metric, sig, g)
-        state = Step(
-            value,
-            sig.outputs,
-            step=self._steps,
-            examples=self._examples,
-            damping=self._damping(),
-            rows=sig.n,
-        )
+        counted = dict(step=self._steps, examples=self._examples, rows=sig.n)
+        state = Step(value, sig.outputs, damping=self._damping(), **counted)
         try:
             rates = self._rates(seen, state.damping)
             state = replace(state, lr=rates[0])
-            out, draws = self._buffers(sig.params), {}
-            if self._draws:
-                draws["generator"] = self._generator
-            self._update, info = self.fisher.solve(seen, r, state.damping, out, **draws)
+            info = self._solve(seen, r, state.damping)
         except SINGULAR:
             if not (self.adaptive and self.adaptive.reject):
                 raise
@@ -322,7 +314,7 @@ class NaturalGradient(torch.optim.Optimizer):
         found = [group["damping"] for group in self.param_groups]
         if any(d != found[0] for d in found):
             raise ValueError(f"damping={found}: all param groups share one damping")
-        return _number("damping", found[0])
+        return number("damping", found[0])
 
     def _set_damping(self, damping: float) -> None:
         for group in self.param_groups:
@@ -333,7 +325,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._unit is None:
             try:
                 found = self.fisher.optimal_lr(seen, damping)
-                self._optimal = _number("lr", found, positive=True)
+                self._optimal = number("lr", found, positive=True)
             except (ValueError, TypeError, ArithmeticError) as error:
                 raise type(error)(
                     f"lr='optimal' cannot be found: {error}; pass a number as lr"
@@ -343,15 +335,20 @@ class NaturalGradient(torch.optim.Optimizer):
             if not scheduled:
                 for group in self.param_groups:
                     group["lr"] *= self._optimal
-        return [_number("lr", group["lr"]) * self._unit for group in self.param_groups]
+        return [number("lr", group["lr"]) * self._unit for group in self.param_groups]
 
-    def _buffers(self, params: list[Tensor]) -> list[Tensor] | None:
-        """The last update's tensors, to be overwritten, if they still fit."""
-        kinds = [
-            [(t.shape, t.dtype, t.device) for t in ts]
-            for ts in (params, self._update or [])
-        ]
-        return self._update if kinds[0] == kinds[1] else None
+    def _solve(self, seen: Signals, r: Tensor, damping: float) -> Info:
+        """The update from the residual (N, k), over the last one's buffers where they
+        still fit.
+        """
+        wanted, kept = (
+            [(t.shape, t.dtype, t.device) for t in tensors]
+            for tensors in (seen.params, self._update or [])
+        )
+        out = self._update if kept == wanted else None
+        draws = dict(generator=self._generator) if self._draws else {}
+        self._update, info = self.fisher.solve(seen, r, damping, out, **draws)
+        return info
 
     def _move(self, slots: list[list[int]], rates: list[float], decay=True) -> None:
         """Subtract the update, and let the weights decay."""
@@ -370,8 +367,8 @@ class NaturalGradient(torch.optim.Optimizer):
         full = self._optimal or self.fisher.full_step(sig)
         if slope is None or self.metric is not None or len(rates) > 1:
             along = zip(self._update, sig.vjp(g))
-            parts = torch.stack([(d * e).sum() for d, e in along]) / sig.n
-            slopes = [float(parts[slot].sum()) for slot in slots]
+            parts = torch.stack([(d * e).sum() for d, e in along]).tolist()
+            slopes = [sum(parts[k] for k in slot) / sig.n for slot in slots]
         else:
             slopes = [slope]
         rule = self.adaptive
@@ -483,88 +480,3 @@ class NaturalGradient(torch.optim.Optimizer):
             state = self._generator
             self._generator = torch.Generator()
             self._generator.set_state(state)
-
-
-def _number(name: str, value: Any, positive: bool = False) -> float:
-    """A finite number of at least (or above) 0, as a float."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (0 <= number < math.inf) or (positive and number == 0):
-        raise ValueError(
-            f"{name}={value} must be {'' if positive else '0 or '}positive and finite"
-        )
-    return number
-
-
-def _check_parts(net, fisher, metric) -> None:
-    """Network, Fisher and metric are what the constructor's places are for."""
-    call = (
-        "NaturalGradient(net, fisher), as in NaturalGradient(net, ngd.fisher.Exact())"
-    )
-    if not isinstance(net, nn.Module):
-        raise TypeError(
-            f"net must be the network itself (an nn.Module), not {type(net).__name__}"
-            f" (its parameters?): {call}"
-        )
-    if isinstance(fisher, type) or not hasattr(fisher, "solve"):
-        given = f"the class {fisher.__name__}" if isinstance(fisher, type) else fisher
-        raise TypeError(f"fisher must be an instance of a Fisher, not {given}: {call}")
-    if not (metric is None or metric == "softmax" or callable(metric)):
-        raise ValueError(
-            f"metric={metric!r} is unknown; use None, 'softmax' or a function from"
-            " outputs (N, C) to R (N, k, C)"
-        )
-
-
-def _trained(net: nn.Module) -> dict[str, Tensor]:
-    """Names and trained parameters; weights and biases of linear layers, each once."""
-    found: dict[str, Tensor] = {}
-    for prefix, module in net.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            if not p.requires_grad:
-                continue
-            if not (isinstance(module, nn.Linear) and name in ("weight", "bias")):
-                raise TypeError(
-                    f"net trains {full}, which is no weight or bias of an nn.Linear:"
-                    " freeze it (requires_grad_(False))"
-                )
-            twin = next((k for k, q in found.items() if q is p), None)
-            if twin:
-                raise TypeError(f"net trains one tensor as {twin} and {full}: untie it")
-            found[full] = p
-    if not found:
-        raise ValueError("net trains nothing: no parameter has requires_grad=True")
-    return found
-
-
-def _param_groups(net: nn.Module, groups) -> list[dict[str, Any]]:
-    """Param groups for torch that hold every trained parameter once."""
-    trained = _trained(net)
-    if groups is None:
-        return [{"params": list(trained.values())}]
-    made = []
-    for group in groups:
-        unknown = set(group) - {"params", "lr", "weight_decay"}
-        if unknown or "params" not in group:
-            raise ValueError(
-                f"groups hold params, lr and weight_decay, not {sorted(group)}"
-                " (damping is one number for all layers)"
-            )
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        rates = {k: _number(k, v) for k, v in group.items() if k != "params"}
-        made.append({"params": [p for p in params if p.requires_grad], **rates})
-    times = Counter(id(p) for group in made for p in group["params"])
-    wrong = [
-        f"{k} {times[id(p)]} times" for k, p in trained.items() if times[id(p)] - 1
-    ]
-    foreign = len(times) - sum(id(p) in times for p in trained.values())
-    if wrong or foreign:
-        raise ValueError(
-            "groups must hold every trained parameter of net once, not"
-            f" {', '.join(wrong) or f'{foreign} of another network'}"
-        )
-    return [group for group in made if group["params"]]

@@ -91,18 +91,7 @@ def run(
     (11, True)
     """
     net = opt.net if isinstance(opt, NaturalGradient) else net
-    if net is None:
-        raise ValueError(
-            "net is needed with a torch.optim optimizer: run(opt, x, y, steps, net=net)"
-        )
-    if steps is None:
-        raise TypeError("steps is needed: run(opt, x, y, steps) or (opt, loader, ...)")
-    size = None if y is None else (len(x), len(y), batch_size or len(x))
-    if steps < 0 or every < 1 or (size and not 1 <= size[2] <= size[0] == size[1]):
-        raise ValueError(
-            f"steps={steps}, every={every}, batch_size={batch_size} and"
-            f" (inputs, targets, rows a step) = {size} do not fit"
-        )
+    _check_run(net, x, y, steps, batch_size, every)
     start = start or Step(float("nan"), None)
     done = start.step + (start.rows > 0)
     batches = (
@@ -112,6 +101,26 @@ def run(
     if not outputs:
         states = (replace(state, outputs=None) for state in states)
     return _with_bar(states, steps) if progress else states
+
+
+def _check_run(net, x, y, steps, batch_size, every) -> None:
+    """A run's numbers fit its data; y is None where x is a loader."""
+    if net is None:
+        raise ValueError(
+            "net is needed with a torch.optim optimizer: run(opt, x, y, steps, net=net)"
+        )
+    if steps is None:
+        raise TypeError("steps is needed: run(opt, x, y, steps) or (opt, loader, ...)")
+    if y is None and isinstance(x, Tensor):
+        raise TypeError("y is needed where x is a tensor: run(opt, x, y, steps)")
+    if y is None and batch_size is not None:
+        raise ValueError("batch_size is the loader's own: leave it out")
+    size = None if y is None else (len(x), len(y), batch_size or len(x))
+    if steps < 0 or every < 1 or (size and not 1 <= size[2] <= size[0] == size[1]):
+        raise ValueError(
+            f"steps={steps}, every={every}, batch_size={batch_size} and"
+            f" (inputs, targets, rows a step) = {size} do not fit"
+        )
 
 
 def _states(opt, net, batches, steps, loss, test, every, start) -> Iterator[Step]:
