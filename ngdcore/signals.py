@@ -133,14 +133,6 @@ class Signals:
         self.check()
         return signals(self.net, self.row)
 
-    @cached_property
-    def first(self) -> "Signals":
-        """Signals of the first row alone: where the net is ``linear`` its
-        output-gradients are every sample's.
-        """
-        H = [columns[:1] for columns in self.H]
-        return replace(self, outputs=self.outputs[:1], H=H)
-
     def pull(self, cotangents: Tensor) -> list[Tensor]:
         r"""Sweep output weights back to every trained layer's pre-activations, without
         forming D (and from D where it is there already).
