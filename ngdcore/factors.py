@@ -163,6 +163,7 @@ class _Empirical(Factors):
 
     def cross(self, x):
         sig = x if isinstance(x, Signals) else self.signals.at(x)
+        self.signals.matches(sig)
         return _Empirical(sig, self.signals, self)
 
 
