@@ -194,7 +194,7 @@ class Fisher:
                 small = small[: k + 1, : k + 1]
                 break
             basis.append(q / q.norm())
-        values = torch.linalg.eigvalsh((small + small.T) / 2)
+        values = torch.linalg.eigvalsh(small, UPLO="U")
         return 2 / float(values[0] + values[-1])
 
     def _weights(self, factors: Factors, rhs: Tensor, damping: float):
