@@ -24,8 +24,9 @@ kernelspec:
 ```{{code-cell}} python3
 import os
 from IPython.display import display
-row = dict(id="Z-T1", part=None, measured={measured}, predicted=1.0, printed=None, rel="==", rtol=1e-6, atol=None,
-           holds=True, printed_holds=None, derived=False, slack=None, note=None, settings={{}}, seeds=[0],
+row = dict(id="Z-T1", part=None, measured={measured}, predicted=1.0, printed=None,
+           rel="==", rtol=1e-6, atol=None, holds=True, printed_holds=None,
+           derived=False, slack=None, note=None, settings={{}}, seeds=[0],
            scale=os.environ.get("NGD_SCALE", "quick"), dtype="float64", device="cpu")
 display({{"text/plain": "a row"}}, raw=True, metadata={{"ngd": row}})
 ```
@@ -85,16 +86,11 @@ def test_what_runs_again_and_what_the_ledger_keeps(small):
     assert not build() and page() == first, "an unchanged book"
 
     (small / "results.md").write_text(PROSE + "\nOne more sentence.\n")
-    assert not build() and row(small)["measured"] == 1.0, (
-        "rows of chapters that were not read again"
-    )
+    assert not build() and row(small)["measured"] == 1.0, "a chapter not read again"
 
-    shutil.rmtree(small / "_build/html")
-    shutil.rmtree(small / "_build/.doctrees")
-    shutil.rmtree(small / "_build/jupyter_execute")
-    assert not build() and row(small)["measured"] == 1.0, (
-        "rows of a chapter taken from the cache"
-    )
+    for folder in ("html", ".doctrees", "jupyter_execute"):
+        shutil.rmtree(small / "_build" / folder)
+    assert not build() and row(small)["measured"] == 1.0, "a chapter from the cache"
 
     (small / "chapter.md").write_text(CHAPTER.format(measured="1.5"))
     assert build() and row(small)["measured"] == 1.5 and "1.5" in page(), (

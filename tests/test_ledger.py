@@ -115,8 +115,10 @@ def notebook(*cells):
 
 def test_rows_travel_with_the_notebook():
     nb = notebook(
-        "import torch, ngdcore as ngd\ncfg = ngd.chapter.settings(dict(n=5, seeds=[0, 1]))",
-        "ngd.ledger.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\nngd.ledger.glue('x', 0.5)",
+        "import torch, ngdcore as ngd\n"
+        "cfg = ngd.chapter.settings(dict(n=5, seeds=[0, 1]))",
+        "ngd.ledger.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\n"
+        "ngd.ledger.glue('x', 0.5)",
         "ngd.ledger.save(curve=[1.0, 0.5])",
     )
     rows, saved = ledger.harvest(json.loads(json.dumps(nb)))
@@ -152,7 +154,8 @@ def test_recording_writes_whole_files(tmp_path):
     (tmp_path / "book").symlink_to(ROOT / "book")
     (tmp_path / "notebooks" / "99_small.md").write_text(
         "---\njupytext:\n  text_representation: {extension: .md, format_name: myst}\n"
-        "kernelspec: {display_name: Python 3, language: python, name: python3}\n---\n\n# Small\n\n"
+        "kernelspec: {display_name: Python 3, language: python, name: python3}\n"
+        "---\n\n# Small\n\n"
         "```{code-cell} ipython3\nimport ngdcore as ngd\n"
         "cfg = ngd.chapter.settings(dict(n=1, seed=3), paper=dict(n=2))\n"
         "ngd.ledger.record('Z-T1', cfg.n, 2)\nngd.ledger.save(a=1.5)\n```\n"
@@ -186,9 +189,10 @@ def test_command_refuses_unknown_chapters():
 def test_nothing_happens_at_import():
     """No warning, no thread pool change, no file, no network, no generator touched."""
     code = (
-        "import torch, warnings; warnings.simplefilter('error'); s = torch.random.get_rng_state();"
-        "n = torch.get_num_threads();"
-        "d = torch.get_default_dtype(); import ngdcore; assert torch.equal(s, torch.random.get_rng_state());"
+        "import torch, warnings; warnings.simplefilter('error');"
+        "from torch.random import get_rng_state as drawn; s = drawn();"
+        "n = torch.get_num_threads(); d = torch.get_default_dtype();"
+        "import ngdcore; assert torch.equal(s, drawn());"
         "assert n == torch.get_num_threads() and d == torch.get_default_dtype()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
