@@ -19,6 +19,7 @@ __all__ = ["NaturalGradient", "Step"]
 
 SINGULAR = (RankDeficient, torch.linalg.LinAlgError)
 GROUP = ("lr", "damping", "weight_decay")  # what every param group holds
+ROUNDING = 16  # a loss is known to so many eps of its and its outputs' size
 EXTRA = "natural_gradient"  # the key of what state_dict adds to torch's
 
 
@@ -187,14 +188,22 @@ class NaturalGradient(torch.optim.Optimizer):
         parts = [type(self.net).__name__, repr(self.fisher), f"lr={lr}"]
         parts.append(f"damping={group['damping']:.4g}" + " (adaptive)" * self._adapts)
         if self.metric is not None:
-            parts.append(f"metric={getattr(self.metric, '__name__', self.metric)}")
+            parts.append(f"metric={self._metric_name}")
         if group["weight_decay"]:
             parts.append(f"weight_decay={group['weight_decay']:.4g}")
         return f"NaturalGradient({', '.join(parts)})"
 
     @property
+    def _metric_name(self) -> str:
+        return getattr(self.metric, "__name__", str(self.metric))
+
+    @property
     def _adapts(self) -> bool:
         return self.adaptive is not None
+
+    @property
+    def _draws(self) -> bool:
+        return self._generator is not None
 
     # ------------------------------------------------------------------------ a step
 
@@ -347,7 +356,15 @@ class NaturalGradient(torch.optim.Optimizer):
         )
         out = self._update if kept == wanted else None
         draws = dict(generator=self._generator) if self._draws else {}
-        self._update, info = self.fisher.solve(seen, r, damping, out, **draws)
+        try:
+            self._update, info = self.fisher.solve(seen, r, damping, out, **draws)
+        except RankDeficient as error:
+            if self.metric is None:
+                raise
+            raise RankDeficient(
+                f"{error} (metric={self._metric_name} weighs outputs the less the surer"
+                " the model is: damping helps.)"
+            ) from error
         return info
 
     def _move(self, slots: list[list[int]], rates: list[float], decay=True) -> None:
@@ -385,7 +402,7 @@ class NaturalGradient(torch.optim.Optimizer):
         except BaseException:
             torch._foreach_copy_(params, before)
             raise
-        if max(abs(predicted), abs(change)) <= 4 * eps * size:
+        if max(abs(predicted), abs(change)) <= ROUNDING * eps * size:
             rho, accepted = math.nan, True  # rounding decides the change: no verdict
         else:
             rho = change / predicted if predicted > 0 else math.nan
@@ -461,10 +478,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self._steps, self._examples = extra["steps"], extra["examples"]
         if self._draws:
             self._generator.set_state(extra["generator"].cpu())
-
-    @property
-    def _draws(self) -> bool:
-        return self._generator is not None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("net", "fisher", "metric", "adaptive", "_unit", "_optimal", "_steps")
