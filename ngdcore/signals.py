@@ -384,8 +384,8 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
         Any module whose trained parameters are exactly the weights and biases of
         ``nn.Linear`` (or `ngdcore.models.Linear`) layers, each called once, on (N, M)
         inputs, with samples independent of one another. What lies between (activations,
-        skip connections, frozen parts) is the module's own. ``torch.compile``d and
-        DataParallel nets are unwrapped.
+        skip connections, frozen parts) is the module's own. Nets out of
+        ``torch.compile`` and ``DataParallel`` are unwrapped.
     x : Tensor, (N, ...)
         Inputs, one row a sample, in the network's dtype and on its device.
     lazy : bool
