@@ -82,7 +82,7 @@ class Signals:
 
     net: nn.Module
     outputs: Float[Tensor, "N C"]
-    H: list[Float[Tensor, "N M_in"]]
+    H: list[Float[Tensor, "N _M_in"]]
     layers: list[nn.Linear]
     c: int
     linear: bool = False
@@ -115,7 +115,7 @@ class Signals:
         return [p for m, H in zip(self.layers, self.H) for p, _ in _trained(m, H)]
 
     @cached_property
-    def D(self) -> list[Float[Tensor, "NC M_out"]]:
+    def D(self) -> list[Float[Tensor, "NC _M_out"]]:
         eye = torch.eye(self.c, dtype=self.outputs.dtype, device=self.outputs.device)
         pulled = self.pull(eye.expand(self.n, -1, -1))
         object.__setattr__(self, "sweep", None)  # its graph is not needed any more
@@ -209,7 +209,7 @@ class Signals:
         """
         return self.pack(list(zip(self.pulled(v), self.H)), out)
 
-    def pulled(self, v: Tensor | list[Tensor]) -> list[Float[Tensor, "N M_out"]]:
+    def pulled(self, v: Tensor | list[Tensor]) -> list[Float[Tensor, "N _M_out"]]:
         r"""Output-space weights pulled back to every layer's units,
         :math:`\sum_c D_{nc} v_{nc}`, (N, M_out) each.
 
@@ -384,8 +384,8 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
         Any module whose trained parameters are exactly the weights and biases of
         ``nn.Linear`` (or `ngdcore.models.Linear`) layers, each called once, on (N, M)
         inputs, with samples independent of one another. What lies between (activations,
-        skip connections, frozen parts) is the module's own. ``torch.compile``d and
-        DataParallel nets are unwrapped.
+        skip connections, frozen parts) is the module's own. Nets out of
+        ``torch.compile`` and ``DataParallel`` are unwrapped.
     x : Tensor, (N, ...)
         Inputs, one row a sample, in the network's dtype and on its device.
     lazy : bool

@@ -5,8 +5,9 @@ import importlib
 import inspect
 import pkgutil
 
-import ngdcore
 import pytest
+
+import ngdcore
 
 MODULES = {
     info.name.removeprefix("ngdcore."): importlib.import_module(info.name)

@@ -20,48 +20,65 @@ def test_stated_shapes_are_the_shapes():
 
 
 def exercise(ngd, torch):
-    """Signals, factors, every Fisher, steps and closed forms, on one and on three
-    outputs.
-    """
+    """What the package offers, on one output and on three."""
     x, x_test = ngd.data.sphere(6, 5), ngd.data.sphere(4, 5, seed=1)
     for c in (1, 3):
         net = ngd.models.MLP([5, 9, 8, c], activation="tanh", bias=True)
         y, sig = ngd.data.gaussian(6, c, seed=2), ngd.signals(net, x)
-        g = sig.outputs - y
-        finite = ngd.kernels.empirical(sig)
-        finite.gram(), finite.cross(ngd.signals(net, x_test))
-        sig.jvp(sig.vjp(g)), sig.pull(torch.eye(c, dtype=x.dtype).expand(6, c, c))
-        for fisher in fishers(ngd):
-            fisher.coefficient(finite, 1e-2), fisher.solve(sig, g, 1e-2)
-            fisher.direction(sig, g, 1e-2)
+        sig.jvp(sig.vjp(sig.outputs - y))
+        sig.pull(torch.eye(c, dtype=x.dtype).expand(6, c, c))
+        finite, infinite = ngd.kernels.empirical(sig), infinities(ngd, x, c)
+        for fac in (finite, *infinite):
+            fac.gram(), fac.layers(), fac.sides(), fac.trace()
+            (
+                fac.cross(x_test).gram(),
+                list(fac.blocks(2)),
+                ngd.kernels.operator(fac) @ y.flatten(),
+            )
+        solves(ngd, sig, finite, sig.outputs - y)
+        if c > 1:
+            R = ngd.data.gaussian(6 * 2, c).reshape(6, 2, c)
+            weighted = sig.weighted(R)
+            solves(ngd, weighted, ngd.kernels.empirical(weighted), x[:, :2])
         training(ngd, net, x, y)
         gram, lr = finite.gram(), ngd.dynamics.gd_lr(finite.gram(), len(x))
         ngd.dynamics.trajectory(gram / len(x), sig.outputs, y, lr, [0, 1, 5])
-        infinite = ngd.kernels.analytic(x, depth=3, outputs=c)
-        infinite.gram(), infinite.cross(x_test)
-        ngd.fisher.Exact().coefficient(infinite)
-        ngd.fisher.BlockDiagonal().coefficient(infinite, 1e-2)
+        infinite[0].nngp(), ngd.fisher.Exact().coefficient(infinite[0])
+        ngd.fisher.BlockDiagonal().coefficient(infinite[0], 1e-2)
     ngd.kernels.arc_cosine_gram(x), ngd.data.forster(x.float())
-    deep = ngd.models.DeepLinear([5, 5, 5])
-    ngd.fisher.DeepLinearExact().direction(
-        ngd.signals(deep, x), ngd.data.gaussian(6, 5)
-    )
+    deep = ngd.signals(ngd.models.DeepLinear([5, 5, 5]), x)
+    ngd.fisher.DeepLinearExact().direction(deep, ngd.data.gaussian(6, 5))
 
 
-def fishers(ngd):
+def infinities(ngd, x, c):
+    """An infinitely wide network for every kind of dual."""
+    kinds = ("relu", "erf", "tanh", ngd.models.ShiftedReLU(0.5))
+    return [ngd.kernels.analytic(x, 3, kind, outputs=c) for kind in kinds]
+
+
+def solves(ngd, sig, fac, g):
+    """Every Fisher on these signals, their factors and residual."""
     family = ngd.fisher
     names = "Exact BlockDiagonal BlockTridiagonal KFAC TridiagonalKFAC SampledKFAC"
     names += " UnitWise QuasiDiagonal Diagonal"
-    made = [getattr(family, name)() for name in names.split() if hasattr(family, name)]
-    return [*made, family.LayerWise([[2.0, 0.5, 0], [0.5, 2, 0.5], [0, 0.5, 2]])]
+    fishers = [getattr(family, name)() for name in names.split()]
+    sigma = [[2.0, 0.5, 0], [0.5, 2, 0.5], [0, 0.5, 2]]
+    for fisher in [*fishers, family.LayerWise(sigma)]:
+        fisher.coefficient(fac, 1e-2), fisher.solve(sig, g, 1e-2)
+        fisher.direction(sig, g, 1e-2)
+    family.Exact().optimal_lr(sig, 1e-2), family.KFAC().optimal_lr(sig, 1e-2)
 
 
 def training(ngd, net, x, y):
-    """A few steps of the optimizer, plain and adaptive, whole and in batches."""
+    """A few steps, plain and adaptive, with a metric, whole and in batches."""
     for damping in (1e-2, ngd.optim.Adaptive()):
         opt = ngd.optim.NaturalGradient(net, ngd.fisher.KFAC(), 0.1, damping)
         list(ngd.optim.run(opt, x, y, 3, batch_size=4))
         opt.step(x, y)
+    if y.shape[1] > 1:
+        options = dict(lr="optimal", damping=1e-1, metric="softmax")
+        opt = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), **options)
+        opt.step(x, y.softmax(1))
 
 
 def main():
