@@ -20,6 +20,7 @@ def numbers(value) -> np.ndarray:
 
 
 def _on_the_host(value):
+    """The same numbers, lists and arrays, without tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()
     if isinstance(value, (list, tuple)):

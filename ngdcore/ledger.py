@@ -327,6 +327,7 @@ def _notebook_settings() -> dict:
 
 
 def _shell():
+    """The IPython shell that runs this, or None."""
     try:
         from IPython import get_ipython
     except ImportError:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -111,7 +112,7 @@ class Signals:
         """The trained parameters, in the order of `vjp`: layer by layer, the weight
         before the bias.
         """
-        return [p for l, H in zip(self.layers, self.H) for p, _ in _trained(l, H)]
+        return [p for m, H in zip(self.layers, self.H) for p, _ in _trained(m, H)]
 
     @cached_property
     def D(self) -> list[Float[Tensor, "NC M_out"]]:
@@ -346,7 +347,7 @@ class Signals:
         """Raise a ValueError when the network's weights (or buffers) have changed since
         these signals were taken, also by edits through ``.data``.
         """
-        if not _same(self.marks, _marks(self.net)):
+        if not _same(self.marks, _marks(_survey(self.net))):
             raise ValueError(
                 "the network's weights changed since these signals were taken; "
                 "call signals(net, x) again"
@@ -423,33 +424,32 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     >>> sig.outputs.shape, [h.shape[1] for h in sig.H], [d.shape[0] for d in sig.D]
     (torch.Size([3, 2]), [3, 4], [6, 6])
     """
-    net = _unwrap(net)
-    names = _trained_layers(net)
-    x = _check_inputs(net, x)
-    outputs, inputs, edges = _forward(net, names, x)
-    H = [_columns(m, h, x) for m, h in zip(names, inputs)]
-    linear = all(map(_keeps_gradients, net.modules()))
+    parts = _survey(_unwrap(net))
+    layers = _trained_layers(parts)
+    x = _check_inputs(parts, x)
+    outputs, inputs, edges = _forward(parts, layers, x)
+    linear = all(_keeps_gradients(module) for _, module in parts.modules)
     sig = Signals(
-        net,
+        parts.net,
         outputs.detach(),
-        H,
-        list(names),
+        [_columns(m, h, x) for m, h in zip(layers, inputs)],
+        list(layers),
         outputs.shape[1],
         linear,
-        _marks(net),
+        _marks(parts),
         x[:1].clone() if linear else None,
-        partial(_pull, outputs, edges, names),
+        partial(_pull, outputs, edges, layers),
     )
     if not lazy:
         _ = sig.D
-    _verify(sig, names, x, inputs, outputs, edges)
+    _verify(sig, parts, layers, x, inputs, outputs, edges)
     return sig
 
 
 # ------------------------------------------------------------- one sweep each way
 
 
-def _forward(net, names, x, copy=False) -> tuple[Tensor, list, list]:
+def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
     """The net's own forward: outputs (N, C) with their graph and, a trained layer, its
     input (N, M_in) and the edge of its pre-activations in the graph.
 
@@ -457,23 +457,23 @@ def _forward(net, names, x, copy=False) -> tuple[Tensor, list, list]:
     that is overwritten after its layer was called shows in its version; then a second
     run gives layers copies of their inputs.
     """
-    taken, written = {}, _versions(net, x)
-    with _noted(names, taken, x, copy), _eager(net), torch.enable_grad():
-        outputs = net(x)
+    taken, written = {}, _versions(parts, x)
+    with _noted(names, taken, x, copy), _eager(parts), torch.enable_grad():
+        outputs = parts.net(x)
     for layer, name in names.items():
         if layer not in taken:
             raise TypeError(
                 f"{name} is trained and never called in net's forward; {FREEZE}"
             )
-    for name, version in _versions(net, x).items():
-        if version != written.get(name):
+    for name, version in _versions(parts, x).items():
+        if version != written[name]:
             raise TypeError(
                 f"net's forward writes to {name}, so that two runs differ; put net "
                 "into eval mode, or write to a copy there"
             )
     if not copy and any(h._version != version for h, version, _ in taken.values()):
-        return _forward(net, names, x, copy=True)
-    _check_outputs(net, outputs, x)
+        return _forward(parts, names, x, copy=True)
+    _check_outputs(parts, outputs, x)
     inputs, _, edges = zip(*(taken[layer] for layer in names))
     return outputs, [h.detach() for h in inputs], list(edges)
 
@@ -542,14 +542,12 @@ def _gradients(outputs, edges, names, v) -> tuple[Tensor, ...]:
     """Autograd's pull-back of v, (N, C) or k of them (k, N, C), to every edge; raises
     where the outputs do not depend on a layer.
     """
-    grads = torch.autograd.grad(
-        outputs,
-        edges,
-        v,
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=v.ndim == 3,
-    )
+    grad = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+    if v.ndim == 3:
+        grads = grad(outputs, edges, v, is_grads_batched=True)
+    else:  # of a scalar: torch takes a second to import what looks at given gradients
+        with torch.enable_grad():
+            grads = grad((outputs * v).sum(), edges)
     for name, grad in zip(names.values(), grads):
         if grad is None:
             raise TypeError(
@@ -605,6 +603,30 @@ def _trained(layer, H) -> Iterator[tuple[nn.Parameter, Tensor]]:
 # --------------------------------------------------------------------- the guards
 
 
+class _Parts(NamedTuple):
+    """A net taken apart once: modules, parameters and buffers with dotted names."""
+
+    net: nn.Module
+    modules: list[tuple[str, nn.Module]]
+    params: list[tuple[str, nn.Parameter]]
+    buffers: list[tuple[str, Tensor]]
+
+
+def _survey(net) -> _Parts:
+    """All parts of a net; a tied parameter is listed under each of its names."""
+    modules = [(name or "net", module) for name, module in net.named_modules()]
+    params, buffers = (
+        [
+            (f"{name}.{key}", t)
+            for name, module in modules
+            for key, t in getattr(module, kind).items()
+            if t is not None
+        ]
+        for kind in ("_parameters", "_buffers")
+    )
+    return _Parts(net, modules, params, buffers)
+
+
 def _unwrap(net) -> nn.Module:
     """The module inside torch.compile's or a data-parallel wrapper."""
     if not isinstance(net, nn.Module):
@@ -622,11 +644,11 @@ def _unwrap(net) -> nn.Module:
 
 
 @contextmanager
-def _eager(net):
+def _eager(parts):
     """Compiled parts run as they are written, since compiled ones call no hooks."""
     compiled = any(
         type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None
-        for m in net.modules()
+        for _, m in parts.modules
     )
     if not compiled:
         yield
@@ -637,13 +659,12 @@ def _eager(net):
         yield
 
 
-def _trained_layers(net) -> dict[nn.Linear, str]:
+def _trained_layers(parts) -> dict[nn.Linear, str]:
     """The plain linear layers that are trained, with their dotted names; raises for
     every other trained parameter and for modules known to break the structure.
     """
     layers = {}
-    for name, module in net.named_modules():
-        name = name or "net"
+    for name, module in parts.modules:
         _check_module(name, module)
         for key, p in module._parameters.items():
             if isinstance(p, nn.parameter.UninitializedParameter):
@@ -658,7 +679,7 @@ def _trained_layers(net) -> dict[nn.Linear, str]:
             "net trains nothing: no nn.Linear in it has a parameter with "
             "requires_grad=True"
         )
-    _check_memory(net)
+    _check_memory(parts)
     return layers
 
 
@@ -716,14 +737,10 @@ def _check_plain(name, key, module) -> None:
         )
 
 
-def _check_memory(net) -> None:
+def _check_memory(parts) -> None:
     """Raise when a trained parameter shares memory with another parameter or buffer."""
-    spans, last = [], None
-    for owner, module in net.named_modules():
-        for key, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is not None and t.numel():
-                name = f"{owner}.{key}" if owner else key
-                spans.append((str(t.device), *_span(name, t), name, t))
+    tensors, last = [*parts.params, *parts.buffers], None
+    spans = [(str(t.device), *_span(n, t), n, t) for n, t in tensors if t.numel()]
     for span in sorted(spans, key=lambda span: span[:3]):
         device, low, high, name, t = span
         reached = last is not None and device == last[0] and low < last[2]
@@ -744,20 +761,20 @@ def _span(name, t) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-def _check_inputs(net, x) -> Tensor:
+def _check_inputs(parts, x) -> Tensor:
     """x, detached, after a look at the mode, at all dtypes and at x itself."""
     if torch.is_inference_mode_enabled() or any(
-        t.is_inference() for t in (*net.parameters(), *net.buffers())
+        t.is_inference() for _, t in (*parts.params, *parts.buffers)
     ):
         raise ValueError(
             "signals need autograd: leave inference_mode (no_grad is fine), and make "
             "net outside of it"
         )
-    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    name, like = next(iter(trained.items()))
+    trained = [(name, p) for name, p in parts.params if p.requires_grad]
+    name, like = trained[0]
     if torch.is_autocast_enabled(like.device.type):
         raise ValueError("signals need one dtype throughout: leave torch.autocast")
-    for other, p in trained.items():
+    for other, p in trained:
         if (p.dtype, p.device) != (like.dtype, like.device) or p.is_complex():
             raise ValueError(
                 f"{other} is {p.dtype} on {p.device}, {name} {like.dtype} on "
@@ -820,7 +837,7 @@ def _check_layer_input(name, layer, h, x) -> None:
         )
 
 
-def _check_outputs(net, outputs, x) -> None:
+def _check_outputs(parts, outputs, x) -> None:
     """Raise unless the outputs are a finite (N, C) tensor of the network's dtype."""
     shape = type(outputs).__name__
     if isinstance(outputs, Tensor):
@@ -835,7 +852,7 @@ def _check_outputs(net, outputs, x) -> None:
             "net(x) carries no gradient: its forward detaches, or runs under no_grad"
         )
     if not torch.isfinite(outputs).all():
-        bad = [n for n, p in net.named_parameters() if not torch.isfinite(p).all()]
+        bad = [n for n, p in parts.params if not torch.isfinite(p).all()]
         why = f"{bad[0]} does (was it drawn?)" if bad else "weights or x are too large"
         raise ValueError(f"net(x) holds NaN or infinity: {why}")
 
@@ -843,17 +860,17 @@ def _check_outputs(net, outputs, x) -> None:
 # -------------------------------------------------- what has changed since, if any
 
 
-def _versions(net, x) -> dict[str, int]:
+def _versions(parts, x) -> dict[str, int]:
     """Version counters of what a forward pass may not write to."""
-    versions = {f"the buffer {name}": b._version for name, b in net.named_buffers()}
+    versions = {f"the buffer {name}": b._version for name, b in parts.buffers}
     return versions | {"its input x": x._version}
 
 
-def _marks(net) -> tuple:
+def _marks(parts) -> tuple:
     """Addresses and versions of all parameters and buffers, and some of their entries:
     version counters do not see edits through ``.data``.
     """
-    tensors = [t.detach() for t in (*net.parameters(), *net.buffers()) if t.numel()]
+    tensors = [t.detach() for _, t in (*parts.params, *parts.buffers) if t.numel()]
     entries = [t.reshape(-1)[:: -(-t.numel() // SAMPLE)] for t in tensors]
     return (
         [(t.data_ptr(), t._version, t.dtype) for t in tensors],
@@ -873,7 +890,7 @@ def _same(marks, others) -> bool:
 _verified = WeakKeyDictionary()  # net: what its last verified sweeps looked like
 
 
-def _facts(sig) -> tuple:
+def _facts(sig, parts) -> tuple:
     """What a verdict holds for: the modules, their modes, hooks and forwards, and which
     tensors are trained.
     """
@@ -885,38 +902,39 @@ def _facts(sig) -> tuple:
             id(vars(m).get("forward")),
             len(m._forward_hooks) + len(m._forward_pre_hooks),
         )
-        for m in sig.net.modules()
+        for _, m in parts.modules
     )
-    fixed = [p for p in sig.net.parameters() if not p.requires_grad]
-    fixed = tuple((id(t), t._version) for t in (*fixed, *sig.net.buffers()))
-    trained = tuple(map(id, sig.params))
-    return modules, fixed, trained, sig.c, sig.outputs.dtype, sig.outputs.device
+    tensors = tuple(
+        (id(t), t.requires_grad, -1 if t.requires_grad else t._version)
+        for _, t in (*parts.params, *parts.buffers)
+    )
+    return modules, tensors, sig.c, sig.outputs.dtype, sig.outputs.device
 
 
-def _verify(sig, names, x, inputs, outputs, edges) -> None:
+def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
     """Compare signals with autograd's own gradient and with the rows on their own,
     where these facts are new or were seen 1, 3, 7, ... times before; raise where they
     differ. A layer whose gradient is zero is not verified by that.
     """
     seen, alone = _verified.setdefault(sig.net, {}), sig.n == 1
-    facts, (known, sweeps) = _facts(sig), seen.get(alone, (None, 0))
+    facts, (known, sweeps) = _facts(sig, parts), seen.get(alone, (None, 0))
     sweeps = sweeps + 1 if facts == known else 1
     if sweeps & (sweeps - 1) == 0:
         seen.pop(alone, None)
         generator = torch.Generator().manual_seed(sig.n)
-        _compare_rows(sig, names, x, inputs, generator)
+        _compare_rows(sig, parts, names, x, inputs, generator)
         sound = _compare_gradients(sig, names, outputs, edges, generator)
         sweeps = sweeps if sound else 0
     seen[alone] = facts, sweeps
 
 
-def _compare_rows(sig, names, x, inputs, generator) -> None:
+def _compare_rows(sig, parts, names, x, inputs, generator) -> None:
     """Raise when some rows run on their own give other layer inputs or outputs."""
     rows = torch.randperm(sig.n, generator=generator)[:PROBE].to(x.device)
     devices = [x.device] if x.is_cuda else []
     try:
         with torch.random.fork_rng(devices):  # a random forward is refused, not felt
-            outputs, again, _ = _forward(sig.net, names, x[rows])
+            outputs, again, _ = _forward(parts, names, x[rows])
     except (RuntimeError, IndexError) as error:
         raise TypeError(
             f"net fails on {len(rows)} rows of x on their own; samples must be "
@@ -945,9 +963,10 @@ def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
     )
     a = a[:, None]
     D = [E[:, 0] for E in sig.pull(z.expand(sig.n, 1, -1))]
-    params = sig.params
+    with torch.enable_grad():
+        target = (outputs * a * z).sum()
     grads = torch.autograd.grad(
-        outputs, [*edges, *params], a * z, retain_graph=True, allow_unused=True
+        target, [*edges, *sig.params], retain_graph=True, allow_unused=True
     )
     own = iter(grads[len(edges) :])
     for (layer, name), H, E, pulled in zip(names.items(), sig.H, D, grads):

@@ -119,26 +119,22 @@ def test_chapters_run_beforehand_are_found_by_the_build(small):
     (small / "notebooks/good.md").write_text(good)
     (small / "notebooks/bad.md").write_text(bad)
 
-    def beforehand():
-        command = [sys.executable, str(small / "book/_ext/chapters.py")]
-        done = subprocess.run(
-            command, env=environment(), text=True, capture_output=True
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    status, log = beforehand()
-    assert (
-        status != 0 and "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
-    )
+    status, log = beforehand(small)
+    assert status != 0
+    assert "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
     (small / "notebooks/bad.md").write_text(
         good + "\n```{code-cell} python3\n1 + 1\n```\n"
     )
-    status, log = beforehand()
+    status, log = beforehand(small)
     assert status == 0 and "1 of 2 chapters to run" in log and "good" not in log
-    assert "0 of 2 chapters to run" in beforehand()[1]
+    assert "0 of 2 chapters to run" in beforehand(small)[1]
     status, log = jupyter_book(small)
-    assert (
-        status == 0
-        and log.count("Using cached notebook") == 2
-        and "Executing notebook" not in log
-    )
+    assert status == 0 and "Executing notebook" not in log
+    assert log.count("Using cached notebook") == 2
+
+
+def beforehand(small):
+    """Exit status and output of running the chapters of a book."""
+    command = [sys.executable, str(small / "book/_ext/chapters.py")]
+    done = subprocess.run(command, env=environment(), text=True, capture_output=True)
+    return done.returncode, done.stdout + done.stderr

@@ -80,16 +80,19 @@ def test_fits_a_screen(path):
 
 
 def test_the_rule_sees_what_it_forbids(monkeypatch, tmp_path):
-    body = "\n".join(f"    x = {k}" for k in range(30))
+    lines = [f"    x = {k}" for k in range(LINES)]
     (tmp_path / "ngdcore").mkdir()
     (tmp_path / "ngdcore" / "room.py").write_text(
-        f'def _long():\n    # why\n\n{body}\n\n\ndef told():\n    """Said.\n\n'
-        f'    More.\n    """\n{body[11:]}\n\n\nwide = "{"x" * 90}"\n'
+        "\n".join(
+            ["def _long():", "    # why", "", *lines]
+            + ["def told():", '    """Said.', "", "    More.", '    """', *lines[1:]]
+            + [f'wide = "{"x" * COLUMNS}"', ""]
+        )
     )
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     found = [text.split(": ", 1)[1] for text in faults(Path("ngdcore/room.py"))]
     assert found == [
-        "99 columns",
+        "97 columns",
         "_long has 31 lines of code",
         "_long says nothing of what goes in and comes out",
     ]

@@ -44,12 +44,23 @@ def test_scale(monkeypatch):
         (1.0, float("inf"), "<=", {}, False),
         (torch.tensor(1.0), np.array(1.0), "==", {}, True),
         ([torch.tensor(1.0)], [1.0], "==", {}, True),
+        ([[torch.ones(2)], [np.ones(2)]], [[[1, 1]], [[1, 2]]], "==", {}, False),
     ],
 )
 def test_rows_hold_or_fail(measured, predicted, rel, tolerance, holds):
     assert (
         ledger.record("Z-T1", measured, predicted, rel, **tolerance)["holds"] is holds
     )
+
+
+def test_a_row_says_where_its_tensors_were():
+    """Also from lists of lists: `numbers` brings them to the host, and a tensor that
+    may not become an array by itself stands for one that lives elsewhere.
+    """
+    trained = torch.ones(2, dtype=torch.float32, requires_grad=True)
+    row = ledger.record("Z-T1", [[trained], [trained]], 1.0)
+    assert row["holds"] and row["dtype"] == "float32" and row["device"] == "cpu"
+    assert ledger.record("Z-T1", [1.0], 1.0)["dtype"] == "float64"
 
 
 def test_verdicts():
@@ -208,7 +219,8 @@ def test_figures_draw():
     _, (a, b) = plt.subplots(1, 2)
     ngd.plotting.theory(a, [1, 2], torch.tensor([1.0, 2.0]), "ngd", "theory")
     ngd.plotting.runs(a, [1, 2], [1, 2], "gd", "run")
-    ngd.plotting.band(a, [1, 2], [[1, 2], [2, 3]], "k-fac", "spread")
+    trained = torch.ones(2, requires_grad=True)
+    ngd.plotting.band(a, [1, 2], [trained, 2 * trained], "k-fac", "spread")
     ngd.plotting.heatmap(b, torch.eye(3), "Q")
     assert {t.get_text() for t in a.legend().get_texts()} == {"theory", "run", "spread"}
     plt.close("all")

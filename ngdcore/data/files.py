@@ -115,6 +115,7 @@ def cache() -> Path:
 
 
 def _pooch():
+    """The module pooch, silent where all is well."""
     # In a notebook without widgets it warns about its progress bar.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
