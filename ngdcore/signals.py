@@ -612,6 +612,13 @@ class _Parts(NamedTuple):
     buffers: list[tuple[str, Tensor]]
 
 
+def trained_layers(net: nn.Module) -> dict[nn.Linear, str]:
+    """The trained layers of a net, with their dotted names; raises what `signals` would
+    raise for its structure.
+    """
+    return _trained_layers(_survey(_unwrap(net)))
+
+
 def _survey(net) -> _Parts:
     """All parts of a net; a tied parameter is listed under each of its names."""
     modules = [(name or "net", module) for name, module in net.named_modules()]
