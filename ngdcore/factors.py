@@ -324,15 +324,9 @@ class _Empirical(Factors):
         return f"<empirical factors: {size}, {self.depth} layers, {self.dtype}>"
 
     def cross(self, x):
-        self.signals.check()
         if not isinstance(x, Signals):
             return _Empirical(self.signals.at(x), self.signals, self)
-        x.check()
-        if x.net is not self.signals.net or x.c != self.c:
-            raise ValueError(
-                "x holds signals of another network (or weighted otherwise): rows and"
-                " columns of a kernel are of one; pass signals(net, x) of the same net"
-            )
+        self.signals.matches(x)
         return _Empirical(x, self.signals, self)
 
     def diagonal(self):

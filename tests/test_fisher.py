@@ -499,7 +499,7 @@ def test_weighted_signals_give_the_cross_entropy_fisher(name):
         )
         assert relative(torch.cat([part.flatten() for part in d]), expected) < 1e-8
     with pytest.raises(ValueError, match="R must"):
-        sig.weighted(R[:, :2])
+        sig.weighted(R[:, :, :2])
 
 
 def near_duplicates(distance, dtype):
@@ -645,7 +645,7 @@ def test_deep_linear_exact_refuses():
         sig = ngd.signals(net, x)
         with pytest.raises(TypeError, match="linear layers only"):
             F.direction(sig, sig.outputs)
-    with pytest.raises(TypeError, match="linear layers only"):
+    with pytest.raises(TypeError, match="needs signals"):
         F.coefficient(ngd.kernels.analytic(x, 2))
     net = ngd.models.DeepLinear([4, 3, 4])
     with pytest.raises(ValueError, match="no damped form"):
@@ -688,7 +688,7 @@ def test_one_law_sampled_kfac(n, bias_var, damping):
     x, other = ngd.data.gaussian(n, 6, seed=1), ngd.data.gaussian(3, 6, seed=2)
     sig = ngd.signals(net, x, lazy=True)
     g = ngd.data.gaussian(n, 3, seed=4).flatten()
-    fresh = lambda: ngd.fisher.KFAC(samples=K, variance=s2, seed=7)  # noqa: E731
+    fresh = lambda: ngd.fisher.SampledKFAC(samples=K, variance=s2, seed=7)  # noqa: E731
     d, (H, D), (H_other, D_other) = (
         fresh().direction(sig, g, damping),
         layer_signals(net, x),
@@ -725,7 +725,7 @@ def test_many_samples_become_exact():
     for K in (100, 10_000):
         gaps.append(
             relative(
-                ngd.fisher.KFAC(samples=K).coefficient(
+                ngd.fisher.SampledKFAC(samples=K).coefficient(
                     ngd.kernels.empirical(ngd.signals(net, x)), 0.1
                 ),
                 exact,
@@ -736,14 +736,14 @@ def test_many_samples_become_exact():
 
 def test_sampled_kfac_refuses():
     for bad in (dict(samples=-1), dict(variance=0.0), dict(variance=float("inf"))):
-        with pytest.raises(ValueError, match="samples"):
-            ngd.fisher.KFAC(**bad)
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ngd.fisher.SampledKFAC(**bad)
     with pytest.raises(TypeError, match="analytic"):
-        ngd.fisher.KFAC(samples=1).coefficient(
+        ngd.fisher.SampledKFAC(samples=1).coefficient(
             ngd.kernels.analytic(ngd.data.sphere(4, 5), 2)
         )
     assert (
-        ngd.fisher.KFAC(samples=1).best_alpha(
+        ngd.fisher.SampledKFAC(samples=1).best_alpha(
             ngd.kernels.analytic(ngd.data.sphere(4, 5), 3)
         )
         == 3.0
@@ -755,7 +755,7 @@ def test_a_bad_layer_in_a_stack_is_found():
     with torch.no_grad():
         net[2].weight[1] = net[2].weight[0]  # layer 2's inputs are dependent
     sig = ngd.signals(net, x)
-    with pytest.raises(ngd.fisher.RankDeficient, match="layers"):
+    with pytest.raises(ngd.fisher.RankDeficient, match="layer 2's"):
         ngd.fisher.KFAC(rank="raise").direction(sig, sig.outputs)
     d = ngd.fisher.KFAC().direction(sig, sig.outputs)
     assert (
@@ -819,5 +819,5 @@ def test_cuda_analytic_and_sampled():
         assert ngd.fisher.BlockTridiagonal().poles(on_gpu).device.type == "cuda"
     net = ngd.models.MLP([9, 12, 10, 2], "tanh", device="cuda")
     sig = ngd.signals(net, ngd.data.gaussian(50, 9).cuda(), lazy=True)
-    d = ngd.fisher.KFAC(samples=2).direction(sig, sig.outputs, 0.01)
+    d = ngd.fisher.SampledKFAC(samples=2).direction(sig, sig.outputs, 0.01)
     assert all(torch.isfinite(part).all() and part.is_cuda for part in d)

@@ -8,19 +8,22 @@ direction forward gives :math:`J d = Q g`. With damping, :math:`F + \rho I` stan
 :math:`F`."""
 
 from ..solve import Info, RankDeficient
-from .base import Fisher
+from .base import Fisher, OutputSide, WeightSide
 from .deep_linear import DeepLinearExact
-from .kfac import KFAC, TridiagonalKFAC
+from .kfac import KFAC, SampledKFAC, TridiagonalKFAC
 from .layerwise import BlockDiagonal, BlockTridiagonal, Exact, LayerWise
 from .unitwise import Diagonal, QuasiDiagonal, UnitWise
 
 __all__ = [
     "Fisher",
+    "OutputSide",
+    "WeightSide",
     "Exact",
     "LayerWise",
     "BlockDiagonal",
     "BlockTridiagonal",
     "KFAC",
+    "SampledKFAC",
     "TridiagonalKFAC",
     "UnitWise",
     "QuasiDiagonal",

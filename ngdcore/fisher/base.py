@@ -1,25 +1,38 @@
-r"""What all Fishers share, and the one law.
+r"""What all Fishers share, the one law, and the two kinds.
 
 A Fisher :math:`F` turns an output residual :math:`g` into a weight direction
 :math:`d = \frac1N F^+ J^\top g`, and a pair of factors into the coefficient matrix
 :math:`Q = \frac1N J F^+ J^\top`. The one law holds for all of them: pushing the
 direction forward gives :math:`J d = Q g`. With damping, :math:`F + \rho I` stands for
-:math:`F`."""
+:math:`F`.
+
+An `OutputSide` Fisher finds output weights from Gram matrices, so it knows networks of
+infinite width too; a `WeightSide` Fisher needs a network's signals. Each kind has one
+method to write, `_inverse`: it factorises once, and returns what is then applied to as
+many residuals as there are."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..factors import Factors, empirical
+from ..factors import Factors, culprits, empirical
 from ..signals import Signals
-from ..solve import Info
+from ..solve import Guard, Info, Inverse, edges_of_spectrum
 
-__all__ = ["Fisher"]
+__all__ = ["Fisher", "OutputSide", "WeightSide"]
+
+CHUNK = 2**22  # numbers in one tensor while Q is formed column by column
 
 
 class Fisher:
-    """What all Fishers share. Subclasses say how output weights are found (`_weights`)."""
+    """What all Fishers share; write a new one from `OutputSide` or `WeightSide`."""
 
-    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
+    def coefficient(
+        self,
+        factors: Factors,
+        damping: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         r"""The coefficient matrix :math:`Q = \frac1N J(x') (F + \rho I)^+ J(x)^\top`.
 
         Parameters
@@ -29,6 +42,9 @@ class Fisher:
             rows.
         damping : float
             :math:`\rho \ge 0`, added to F (hence :math:`N\rho` to Gram matrices).
+        generator : torch.Generator, optional
+            For Fishers that draw: where the draws come from; a fresh one from their
+            ``seed`` if not given. Others ignore it.
 
         Returns
         -------
@@ -39,24 +55,21 @@ class Fisher:
 
         Raises
         ------
+        TypeError
+            For anything but factors.
         RankDeficient
             When a Gram matrix to be inverted is singular to working precision.
 
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=3)
-        >>> torch.allclose(ngd.fisher.BlockDiagonal().coefficient(fac), 3 * torch.eye(3, dtype=torch.float64))
+        >>> eye = torch.eye(3, dtype=torch.float64)
+        >>> fac = ngd.kernels.analytic(eye, depth=3)
+        >>> Q = ngd.fisher.BlockDiagonal().coefficient(fac)
+        >>> torch.allclose(Q, 3 * eye)
         True
         """
-        train = factors.train
-        identity = torch.eye(
-            train.columns * train.c, dtype=train.dtype, device=train.device
-        )
-        weights, _ = self._weights(train, identity, check_damping(damping))
-        if isinstance(weights, Tensor):
-            return factors.gram() @ weights
-        return sum(factors.layer(l) @ w for l, w in enumerate(weights) if w is not None)
+        raise NotImplementedError
 
     def alpha(self, factors: Factors, tol: float = 1e-8) -> float:
         r"""The isotropic constant :math:`\alpha = \mathrm{tr}\,Q/\mathrm{rank}\,Q`, if
@@ -85,21 +98,96 @@ class Fisher:
         >>> round(ngd.fisher.BlockDiagonal().alpha(fac), 8)
         4.0
         """
-        if factors.train is not factors:
-            raise ValueError(
-                "factors must be square (training rows); alpha is not defined on test rows"
-            )
-        Q = self.coefficient(factors)
+        Q = self._square(factors)
         alpha = float(Q.trace() / torch.linalg.matrix_rank(Q))
         square = Q @ Q
-        defect = float(
-            torch.linalg.norm(square - alpha * Q) / torch.linalg.norm(square)
-        )
+        defect = torch.linalg.norm(square - alpha * Q) / torch.linalg.norm(square)
         if not defect <= tol:
             raise ValueError(
-                f"Q is not isotropic: |QQ - alpha Q| / |QQ| = {defect:.2e} > tol = {tol:g}; look at its spectrum"
+                f"Q is not isotropic: |QQ - alpha Q| / |QQ| = {float(defect):.2e} >"
+                f" tol = {tol:g}; look at its spectrum"
             )
         return alpha
+
+    def best_alpha(self, factors: Factors) -> float:
+        r""":math:`1/` the best constant learning rate without damping: the middle of
+        Q's non-zero spectrum, which is :math:`\alpha` where Q is isotropic.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=4)
+        >>> ngd.fisher.BlockDiagonal().best_alpha(fac)
+        4.0
+        """
+        known = self._isotropic(check_factors(factors).depth)
+        if known is not None:
+            return known
+        Q = self._square(factors)
+        values = torch.linalg.eigvalsh((Q + Q.mT) / 2)
+        tiny = len(Q) * torch.finfo(Q.dtype).eps * values.abs().max()
+        values = values[values.abs() > tiny]
+        return float(values.min() + values.max()) / 2
+
+    def optimal_lr(
+        self,
+        sig: Signals,
+        damping: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        r"""The best constant learning rate of the linearised problem,
+        :math:`2/(\lambda_{\min} + \lambda_{\max})` of Q's non-zero spectrum.
+
+        Where Q is isotropic that is :math:`1/\alpha`. Known in closed form for some
+        Fishers without damping; otherwise estimated by at most 24 products with Q, each
+        a direction pushed forward, its system factorised once.
+
+        Parameters
+        ----------
+        sig : Signals
+            Signals of the training rows.
+        damping : float
+            :math:`\rho \ge 0`: that of the steps to come.
+        generator : torch.Generator, optional
+            As for `coefficient`.
+
+        Raises
+        ------
+        ValueError
+            When Q has a negative eigenvalue: some residual grows at any rate.
+        RankDeficient
+            When a matrix to be inverted is singular.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> x = torch.eye(3, dtype=torch.float64)
+        >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), x)
+        >>> ngd.fisher.BlockDiagonal().optimal_lr(sig)
+        0.5
+        """
+        damping, known = check_damping(damping), self._isotropic(len(sig.H))
+        if known is not None and not damping:
+            return 1 / known
+        step, _ = self._step(sig, damping, generator)
+
+        def product(v: Float[Tensor, " NC"]) -> Float[Tensor, " NC"]:
+            return sig.jvp(step(v.view(sig.n, sig.c), None)).flatten()
+
+        low, high = edges_of_spectrum(product, sig.outputs.new_empty(sig.n * sig.c))
+        if not low > -1e-6 * high:
+            raise ValueError(
+                f"lr: no constant learning rate is best, Q of {self!r} with damping="
+                f"{damping:g} has eigenvalues from {low:.2e} to {high:.2e}; pass a"
+                " number for lr, or change damping"
+            )
+        return 2 / (max(low, 0.0) + high)
+
+    def full_step(self, sig: Signals) -> float:
+        r"""The learning rate of one full step, :math:`1/\alpha`, where :math:`\alpha` of
+        the undamped Q is known without forming it; 1 elsewhere.
+        """
+        return 1 / (self._isotropic(len(sig.H)) or 1.0)
 
     def direction(
         self,
@@ -107,6 +195,7 @@ class Fisher:
         g: Tensor,
         damping: float = 0.0,
         out: list[Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[Tensor]:
         r"""The natural gradient :math:`\frac1N (F + \rho I)^+ J^\top g`, one tensor a
         trained parameter.
@@ -122,6 +211,8 @@ class Fisher:
             :math:`\rho \ge 0`.
         out : list of Tensor, optional
             Buffers to write to.
+        generator : torch.Generator, optional
+            As for `coefficient`.
 
         Returns
         -------
@@ -131,19 +222,20 @@ class Fisher:
         Raises
         ------
         ValueError
-            For a residual of the wrong size, or one that is not finite.
+            For a residual of the wrong shape, or one that is not finite.
         RankDeficient
             When a Gram matrix to be inverted is singular to working precision.
 
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+        >>> x = torch.eye(3, dtype=torch.float64)
+        >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), x)
         >>> d = ngd.fisher.Exact().direction(sig, sig.outputs)
         >>> torch.allclose(sig.jvp(d), sig.outputs)
         True
         """
-        return self.solve(sig, g, damping, out)[0]
+        return self.solve(sig, g, damping, out, generator)[0]
 
     def solve(
         self,
@@ -151,96 +243,208 @@ class Fisher:
         g: Tensor,
         damping: float = 0.0,
         out: list[Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[list[Tensor], Info]:
         """`direction`, and the `Info` of its solve."""
         g = check_residual(sig, g)
-        weights, info = self._weights(
-            empirical(sig), g[:, None], check_damping(damping)
-        )
-        if not isinstance(weights, Tensor):
-            weights = [torch.zeros_like(g) if w is None else w for w in weights]
-        return sig.vjp(weights, out), info
+        step, info = self._step(sig, check_damping(damping), generator)
+        return step(g, out), info
 
-    def best_alpha(self, factors: Factors) -> float:
-        """:math:`1/` the best learning rate; classes that know it in closed form
-        override this.
+    def _step(self, sig: Signals, damping: float, generator):
+        """A function from residuals (N, C), and buffers or None, to directions; and the
+        `Info` of what it factorised.
         """
-        return self.alpha(factors)
-
-    def _weights(self, factors: Factors, rhs: Tensor, damping: float):
-        r"""Output weights v with
-        :math:`\frac1N (F + \rho)^+ J^\top r = \sum_l J_l^\top v_l` for every column r
-        of rhs.
-
-        One tensor if all layers share it, else one a layer (None: the layer does not
-        move); and an `Info`."""
         raise NotImplementedError
 
+    def _isotropic(self, layers: int) -> float | None:
+        """Alpha of the undamped Q of a net with so many trained layers, where it is
+        known in advance.
+        """
+        return None
 
-class FromSignals(Fisher):
-    """Fishers that need more than factors: Q column by column, each a direction pushed
-    forward.
+    def _square(self, factors: Factors) -> Tensor:
+        if check_factors(factors).train is not factors:
+            raise ValueError(
+                "factors must be square (training rows); alpha is not defined on test"
+                " rows"
+            )
+        return self.coefficient(factors)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class OutputSide(Fisher):
+    r"""Fishers whose direction is :math:`\sum_l J_l^\top v_l` with output weights
+    :math:`v_l` from Gram matrices alone: they know networks of infinite width.
+
+    A subclass writes ``_inverse(factors, damping)``. It factorises, and returns an
+    `Inverse` from residuals (NC, k) to a list with each layer's weights (NC, k), such
+    that :math:`\frac1N (F + \rho)^+ J^\top r = \sum_l J_l^\top v_l`; None for a layer
+    that does not move, and one tensor in place of the list where all layers share it.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> issubclass(ngd.fisher.Exact, ngd.fisher.OutputSide)
+    True
     """
 
-    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
-        train, rows, damping = (
-            factors.train.signals,
-            factors.signals,
-            check_damping(damping),
-        )
+    def coefficient(self, factors, damping=0.0, generator=None):
+        train = check_factors(factors).train
+        nc = train.columns * train.c
+        eye = torch.eye(nc, dtype=train.dtype, device=train.device)
+        weights = self._inverse(train, check_damping(damping))(eye)
+        if isinstance(weights, Tensor):
+            return factors.gram() @ weights
+        return sum(factors.layer(l) @ w for l, w in enumerate(weights) if w is not None)
+
+    coefficient.__doc__ = Fisher.coefficient.__doc__
+
+    def _step(self, sig, damping, generator):
+        inverse = self._inverse(empirical(sig), damping)
+
+        def step(g, out):
+            weights = inverse(g.reshape(-1, 1))
+            if not isinstance(weights, Tensor):
+                still = torch.zeros_like(g)
+                weights = [still if w is None else w for w in weights]
+            return sig.vjp(weights, out)
+
+        return step, inverse.info
+
+    def _inverse(self, factors: Factors, damping: float) -> Inverse:
+        raise NotImplementedError
+
+    def _guard(self, factors: Factors, name: str = "the ") -> Guard:
+        """The guard of a Gram matrix of this name, by this Fisher's policies."""
+        return Guard(self.rank, self.jitter, name, lambda: culprits(factors))
+
+
+class WeightSide(Fisher):
+    r"""Fishers that need a network's signals: Q is formed from directions pushed
+    forward, many columns at once.
+
+    A subclass writes ``_inverse(sig, damping, generator)``. It factorises, and returns
+    an `Inverse` from residuals (..., N, C) to one entry a layer: a matrix
+    (..., M_out, M_in), a pair :math:`(E, H)` that stands for :math:`E^\top H` with E
+    (..., N, M_out), or None for a layer that does not move. The dots are any number of
+    leading dimensions, so write ``X.mT`` for ``X.T``; `pulled` takes residuals back to
+    every layer's units.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> issubclass(ngd.fisher.Diagonal, ngd.fisher.WeightSide)
+    True
+    """
+
+    def coefficient(self, factors, damping=0.0, generator=None):
+        train, rows = check_factors(factors).train.signals, factors.signals
         if train is None:
             raise TypeError(
-                f"{self!r} needs signals: use empirical factors of a finite network, not analytic ones"
+                f"{self!r} needs signals: use empirical factors of a finite network,"
+                " not analytic ones"
             )
-        apply, columns = self._inverse(train, damping), []
-        for e in torch.eye(train.n * train.c).to(train.outputs):
-            columns.append(rows.jvp(rows.pack(apply(train.pulled(e)))).flatten())
-        return torch.stack(columns, 1)
+        inverse = self._inverse(train, check_damping(damping), generator)
+        n, c = train.n, train.c
+        eye = torch.eye(n * c).to(train.outputs).view(-1, n, c)
+        largest = max(D.shape[1] * max(H.shape) for D, H in zip(train.D, train.H))
+        columns = [
+            push_forward(rows, inverse(g)).flatten(1)
+            for g in eye.split(max(1, CHUNK // largest))
+        ]
+        return torch.cat(columns).T
 
-    def solve(self, sig, g, damping=0.0, out=None):
-        pulled = sig.pulled(check_residual(sig, g))
-        return sig.pack(self._inverse(sig, check_damping(damping))(pulled), out), Info(
-            float("nan"), 0.0
-        )
+    coefficient.__doc__ = Fisher.coefficient.__doc__
 
-    def best_alpha(self, factors: Factors) -> float:
-        """The middle of Q's spectrum: the best constant learning rate is 2/(smallest +
-        largest eigenvalue).
-        """
-        values = torch.linalg.eigvals(self.coefficient(factors)).real
-        return float(values.min() + values.max()) / 2
+    def _step(self, sig, damping, generator):
+        inverse = self._inverse(sig, damping, generator)
+        return lambda g, out: pack(sig, inverse(g), out), inverse.info
 
-    def _inverse(self, sig: Signals, damping: float):
-        """A function from residuals pulled to every layer's units, (N, M_out) each, to
-        `Signals.pack`'s layers.
-        """
+    def _inverse(self, sig: Signals, damping: float, generator=None) -> Inverse:
         raise NotImplementedError
 
 
-def check_solver(rank, jitter):
+def pulled(sig: Signals, g: Float[Tensor, "*k N C"]) -> list[Float[Tensor, "*k N _"]]:
+    """Residuals pulled back to every layer's units."""
+    if sig.linear:
+        return [g @ D for D in sig.first.D]
+    if g.ndim == 2:
+        return sig.pulled(g)
+    return [
+        torch.einsum("ncm,...nc->...nm", D.view(sig.n, sig.c, -1), g) for D in sig.D
+    ]
+
+
+def pack(sig: Signals, layers: list, out: list[Tensor] | None) -> list[Tensor]:
+    """One tensor a trained parameter from one entry a layer."""
+    still = [
+        H.new_zeros(layer.out_features, H.shape[1]) if entry is None else entry
+        for entry, layer, H in zip(layers, sig.layers, sig.H)
+    ]
+    return sig.pack(still, out)
+
+
+def push_forward(sig: Signals, layers: list) -> Float[Tensor, "k N C"]:
+    """First-order change of the outputs at sig's rows, one for each of k directions."""
+    total = 0.0
+    for H, D, entry in zip(sig.H, sig.D, layers):
+        if entry is None:
+            continue
+        if isinstance(entry, tuple):
+            E, other = entry
+            change = (H @ other.T) @ E
+        else:
+            change = H @ entry.mT
+        D = D.view(sig.n, -1, D.shape[1])
+        total = total + torch.einsum("ncm,knm->knc", D, change)
+    return total
+
+
+def check_factors(factors) -> Factors:
+    if not isinstance(factors, Factors):
+        raise TypeError(
+            "factors must come from ngd.kernels.empirical(sig) or ngd.kernels.analytic"
+            f"(x, depth), not {type(factors).__name__}"
+        )
+    return factors
+
+
+def check_rank(rank: str) -> str:
     if rank not in ("raise", "pinv"):
         raise ValueError(f"rank={rank!r} is unknown; use 'raise' or 'pinv'")
-    if not jitter >= 0:
+    return rank
+
+
+def check_jitter(jitter: float) -> float:
+    if not 0 <= jitter < float("inf"):
         raise ValueError(
-            f"jitter={jitter} must be 0 or positive (relative to the mean diagonal of the Gram)"
+            f"jitter={jitter} must be 0 or positive (relative to the mean diagonal of"
+            " the Gram)"
         )
-    return rank, float(jitter)
+    return float(jitter)
 
 
-def check_residual(sig, g) -> Tensor:
-    if (
-        g.numel() != sig.n * sig.c
-        or g.dtype != sig.outputs.dtype
-        or g.device != sig.outputs.device
-    ):
+def check_residual(sig: Signals, g: Tensor) -> Tensor:
+    """g as (N, C), refused if it is of another size, dtype or device, or not finite."""
+    if not isinstance(sig, Signals):
+        raise TypeError(
+            "sig must come from ngdcore.signals(net, x), not " + type(sig).__name__
+        )
+    like, size = sig.outputs, sig.n * sig.c
+    fits = g.ndim == 1 or g.shape[:2] == (sig.n, sig.c)
+    if g.dtype != like.dtype or g.device != like.device or g.numel() != size or not fits:
         raise ValueError(
-            f"g must hold N*C = {sig.n * sig.c} numbers of {sig.outputs.dtype} on {sig.outputs.device}"
+            f"g must be of shape (N, C) = {(sig.n, sig.c)} or ({size},), {like.dtype}"
+            f" on {like.device}, not {tuple(g.shape)}, {g.dtype} on {g.device}"
         )
     if not torch.isfinite(g).all():
         raise ValueError(
-            "g holds NaN or infinity: the run has diverged or the loss is not defined there"
+            "g holds NaN or infinity: the run has diverged or the loss is not defined"
+            " there"
         )
-    return g.reshape(-1)
+    return g.reshape(sig.n, sig.c)
 
 
 def check_damping(damping) -> float:

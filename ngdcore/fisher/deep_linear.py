@@ -1,16 +1,12 @@
 r"""The exact natural gradient of deep linear networks, in closed form."""
 
-import torch
-from torch import Tensor
-
-from ..factors import Factors
-from ..solve import Info, pinv_of_rank
-from .base import Fisher, check_damping, check_residual
+from ..solve import Inverse, pinv_of_rank
+from .base import WeightSide
 
 __all__ = ["DeepLinearExact"]
 
 
-class DeepLinearExact(Fisher):
+class DeepLinearExact(WeightSide):
     r"""The exact natural gradient of a deep linear net of any widths, by moving its
     first and last layer only.
 
@@ -19,7 +15,8 @@ class DeepLinearExact(Fisher):
     layers' moves. With :math:`X` the inputs (N x n_0), :math:`H = X A^\top`, and
     :math:`P_H = H H^+`, :math:`P_B = B B^+`,
 
-    .. math:: dW_1^\top = X^+ (g - \tfrac12 P_H g) B^{+\top}, \qquad dW_L^\top = H^+ (g - \tfrac12 g P_B),
+    .. math:: dW_1^\top = X^+ (g - \tfrac12 P_H g) B^{+\top},
+        \qquad dW_L^\top = H^+ (g - \tfrac12 g P_B),
 
     and together they push the residual to its projection on the range of the Jacobian,
     as every exact natural gradient does: contracting, expanding and bottleneck nets
@@ -50,61 +47,42 @@ class DeepLinearExact(Fisher):
     True
     """
 
-    def best_alpha(self, factors: Factors) -> float:
+    def _isotropic(self, layers):
         return 1.0
 
-    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
-        (_, X), (H, H_inverse), (B, B_inverse) = self._parts(
-            factors.train.signals, damping
-        )
-        first, last, PB = (
-            factors.signals.H[0] @ X,
-            factors.signals.H[-1] @ H_inverse,
-            B @ B_inverse,
-        )
-        first = first - first @ H @ H_inverse / 2
-        return torch.kron(first, PB) + torch.kron(
-            last, torch.eye(len(B), dtype=B.dtype, device=B.device) - PB / 2
-        )
-
-    def solve(self, sig, g, damping=0.0, out=None):
-        g = check_residual(sig, g).view(sig.n, sig.c)
-        (_, X), (H, H_inverse), (B, B_inverse) = self._parts(
-            sig, check_damping(damping)
-        )
-        last = H_inverse @ g
-        layers = [torch.zeros_like(layer.weight) for layer in sig.layers]
-        layers[0] += (X @ (g - H @ last / 2) @ B_inverse.T).T
-        layers[-1] += (last - last @ B_inverse.T @ B.T / 2).T
-        return sig.pack(layers, out), Info(float("nan"), 0.0)
-
-    def _parts(self, sig, damping):
-        """Inputs of the first layer, of the last, and the map behind the first, each
-        with its pseudo-inverse.
-        """
-        biased = sig is None or any(
-            H.shape[1] != layer.in_features for H, layer in zip(sig.H, sig.layers)
-        )
-        if (
-            biased
-            or not sig.linear
-            or not all(p.requires_grad for p in sig.net.parameters())
-        ):
-            raise TypeError(
-                "DeepLinearExact needs a net of linear layers only, all trained, without biases"
-            )
-        if damping:
-            raise ValueError(
-                f"damping={damping}: this step has no damped form; use KFAC, or a smaller learning rate"
-            )
-        widths = [sig.layers[0].in_features] + [
-            layer.out_features for layer in sig.layers
+    def _inverse(self, sig, damping, generator=None):
+        _check(sig, damping)
+        widths = [
+            sig.layers[0].in_features,
+            *(layer.out_features for layer in sig.layers),
         ]
-        B = sig.pull(
-            torch.eye(sig.c, dtype=sig.outputs.dtype, device=sig.outputs.device)[None]
-        )[0][0]
-        ranks = min(sig.n, widths[0]), min(sig.n, *widths[:-1]), min(widths[1:])
-        return [
-            (M, pinv_of_rank(M, rank))
-            for M, rank in zip((sig.H[0], sig.H[-1], B), ranks)
-        ]
+        X, H = sig.H[0], sig.H[-1]
+        B = sig.first.D[0]  # (C, M_1), the map behind the first layer
+        X_inverse = pinv_of_rank(X, min(sig.n, widths[0]))
+        H_inverse = pinv_of_rank(H, min(sig.n, *widths[:-1]))
+        B_inverse = pinv_of_rank(B, min(widths[1:]))
+
+        def apply(g):
+            last = H_inverse @ g  # (..., M_in, C)
+            first = (X_inverse @ (g - H @ last / 2) @ B_inverse.T).mT
+            last = (last - last @ B_inverse.T @ B.T / 2).mT
+            if len(sig.H) == 1:  # its first layer is its last
+                return [first + last]
+            return [first, *[None] * (len(sig.H) - 2), last]
+
+        return Inverse(apply)
+
+
+def _check(sig, damping) -> None:
+    biased = any(H.shape[1] != layer.in_features for H, layer in zip(sig.H, sig.layers))
+    frozen = not all(p.requires_grad for p in sig.net.parameters())
+    if biased or frozen or not sig.linear:
+        raise TypeError(
+            "DeepLinearExact needs a net of linear layers only, all trained, without"
+            " biases"
+        )
+    if damping:
+        raise ValueError(
+            f"damping={damping}: this step has no damped form; use KFAC, or a smaller"
+            " learning rate"
+        )

@@ -1,16 +1,124 @@
-r"""Kronecker-factored Fishers: a block a layer, and with neighbouring layers coupled."""
+r"""Kronecker-factored Fishers: a block a layer, or neighbouring layers coupled."""
+
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..factors import Factors, culprits, empirical
-from ..solve import Info, solve_spd
-from .base import Fisher, FromSignals, check_damping, check_residual, check_solver
+from ..factors import culprits, empirical
+from ..signals import Signals
+from ..solve import (
+    Guard,
+    Info,
+    Inverse,
+    Ridge,
+    cholesky,
+    inverse_covariance,
+    inverse_spd,
+    ridge,
+    solve_cholesky,
+    worst,
+)
+from .base import (
+    WeightSide,
+    check_damping,
+    check_factors,
+    check_rank,
+    check_residual,
+    pack,
+    pulled,
+)
 
-__all__ = ["KFAC", "TridiagonalKFAC"]
+__all__ = ["KFAC", "SampledKFAC", "TridiagonalKFAC"]
 
 
-class KFAC(Fisher):
+@dataclass(frozen=True)
+class _Backward:
+    """A layer's backward factor: its inverse on units, or on the rows of D (rows,
+    M_out), which then leads back to units.
+    """
+
+    inverse: Inverse
+    D: Tensor | None = None
+
+
+class _Kronecker(WeightSide):
+    """A step with :math:`F_l = B_l \\otimes H_l^\\top H_l/N`, whatever the backward
+    factor B_l.
+    """
+
+    def solve(self, sig, g, damping=0.0, out=None, generator=None):
+        g = check_residual(sig, g)
+        inverse = self._with_slope(sig, check_damping(damping), generator)
+        layers, slope = inverse(g)
+        return pack(sig, layers, out), replace(inverse.info, slope=slope)
+
+    def _inverse(self, sig, damping, generator=None):
+        inverse = self._with_slope(sig, damping, generator)
+        return Inverse(lambda g: inverse(g)[0], inverse.info)
+
+    def _with_slope(self, sig: Signals, damping: float, generator) -> Inverse:
+        """From a residual (..., N, C) to the layers, and the loss's slope along them
+        where all factors are those of units.
+        """
+        n, shift = sig.n, sig.n * damping**0.5
+        guards = [self._guard(empirical(sig), l) for l in range(len(sig.H))]
+        forward = [ridge(H, shift, guard) for H, guard in zip(sig.H, guards)]
+        backward = self._backward(sig, shift, guards, generator)
+
+        def apply(g):
+            layers, slopes = [], []
+            for e, H, left, right in zip(pulled(sig, n * g), sig.H, backward, forward):
+                layer, slope = _two_ridges(n * g, e, H, left, right)
+                layers.append(layer)
+                slopes.append(slope)
+            return layers, None if None in slopes else sum(slopes) / n**2
+
+        return Inverse(apply, worst([*forward, *(left.inverse for left in backward)]))
+
+    def _backward(self, sig, shift, guards, generator) -> list[_Backward]:
+        """Every layer's backward factor with ``shift`` on its diagonal, times N."""
+        raise NotImplementedError
+
+    def _guard(self, factors, l: int) -> Guard:
+        name = f"layer {l}'s factor: its "
+        return Guard(self.rank, name=name, why=lambda: culprits(factors))
+
+
+def _two_ridges(
+    g: Float[Tensor, "*k N C"],
+    e: Float[Tensor, "*k N units"],
+    H: Float[Tensor, "N inputs"],
+    left: _Backward,
+    right: Ridge,
+):
+    """A layer's step, and its product with the gradient where that comes for free.
+
+    In the middle stands the residual, on rows of D or on units to the left, on samples
+    or on inputs to the right: each side where its factor is smaller."""
+    middle = e.mT if left.D is None else _on_rows(g, left.D)
+    if not right.few:
+        middle = middle @ H
+    step = right(left.inverse(middle).mT)  # (..., samples or inputs, rows or units)
+    if left.D is not None:
+        step = step @ left.D
+    if right.few:
+        return (step, H), None
+    return step.mT, None if left.D is not None else float((step.mT * middle).sum())
+
+
+def _on_rows(
+    g: Float[Tensor, "*k N C"], D: Float[Tensor, "rows units"]
+) -> Float[Tensor, "*k rows N"]:
+    """The matrix G with g's entries on the rows of their sample: D^T G pulls g back."""
+    n, c = g.shape[-2:]
+    if len(D) == c:  # root N times one sample's gradients, which serve all
+        return g.mT / n**0.5
+    return (g[..., None] * torch.eye(n).to(g)[:, None]).flatten(-3, -2)
+
+
+class KFAC(_Kronecker):
     r"""Kronecker-factored blocks: layer l has
     :math:`F_l = D_l^\top D_l/N \otimes H_l^\top H_l/N`.
 
@@ -20,31 +128,27 @@ class KFAC(Fisher):
     G (NC x N) has g on the rows of its sample. On training rows Q is N times the sum
     over layers of :math:`B(B + Ns)^+ \circ (A(A + Ns)^+ \otimes 11^\top)`.
 
-    Each factor is inverted on its cheaper side: N x N (or NC x NC) when samples are
-    fewer than units, M x M otherwise. Both sides give the same step, by the
-    push-through identity. Layers of equal shape are solved as one stack.
+    These are two ridge regressions,
+    :math:`E^\top = (D^\top D + Ns)^+ D^\top G` and
+    :math:`W^\top = N (H^\top H + Ns)^+ H^\top E`, each solved on the smaller side of D
+    or H: N x N (or NC x NC) when samples are fewer than units, M x M otherwise. Both
+    sides give the same step, by the push-through identity. The last layer's D, if it is
+    the identity of every sample, is never multiplied out.
 
     Parameters
     ----------
     rank : {"pinv", "raise"}
         Where a factor is singular even on its smaller side (without damping): its
         pseudo-inverse, or an error.
-    samples : int
-        0: the exact backward factor, from all C output-gradients (one sample's if the
-        net has no activations). K > 0: K backward passes a sample, of residuals drawn
-        from the model's Gaussian outputs; D is never formed, and the metric's
-        :math:`S^\top S/NK` stands for :math:`D^\top D/N`. Then ``lr="optimal"`` is 1/L.
-    variance : float
-        :math:`s^2`, the variance of the outputs the model assumes. It scales loss and
-        Fisher alike; with damping it decides how :math:`\lambda` is shared: the
-        backward factor is shifted by :math:`s^2\sqrt\lambda`.
-    seed : int
-        Of the generator of the samples; every solve or coefficient draws anew.
 
     Raises
     ------
     RankDeficient
         In a solve, with ``rank="raise"``, when a factor is singular.
+
+    See Also
+    --------
+    SampledKFAC : a backward factor from a few draws, for training.
 
     Notes
     -----
@@ -58,162 +162,200 @@ class KFAC(Fisher):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), x)
     >>> round(ngd.fisher.KFAC().alpha(ngd.kernels.empirical(sig)), 6)
     4.0
-    >>> deep = ngd.signals(ngd.models.DeepLinear([3] * 5, seed=0), torch.eye(3, dtype=torch.float64))
+    >>> deep = ngd.signals(ngd.models.DeepLinear([3] * 5, seed=0), x)
     >>> d = ngd.fisher.KFAC().direction(deep, deep.outputs)
-    >>> torch.allclose(deep.jvp(d), 4 * deep.outputs)  # square layers: L times the natural gradient
+    >>> torch.allclose(deep.jvp(d), 4 * deep.outputs)  # square layers: L times exact
+    True
+    """
+
+    def __init__(self, rank: str = "pinv", **moved):
+        if moved:
+            raise TypeError(
+                f"KFAC takes no {', '.join(moved)}: its backward factor is exact; use"
+                " SampledKFAC(samples=...) for one from draws"
+            )
+        self.rank = check_rank(rank)
+
+    def full_step(self, sig: Signals) -> float:
+        """One over the layers, each counted N times where it has more units on both
+        sides than rows.
+        """
+        wide = [
+            sig.n <= H.shape[1] and sig.n * sig.c <= layer.out_features
+            for H, layer in zip(sig.H, sig.layers)
+        ]
+        return 1 / sum(sig.n if few else 1 for few in wide)
+
+    def coefficient(self, factors, damping=0.0, generator=None):
+        train, c = check_factors(factors).train, factors.c
+        n, Q = train.columns, 0.0
+        shift = n * check_damping(damping) ** 0.5
+
+        def smoothed(own, rows, l):
+            """rows (own + shift)^+, (rows, N) or (rows C, NC)."""
+            own.diagonal().add_(shift)
+            return inverse_spd(own, self._guard(train, l))(rows.T).T
+
+        for l in range(train.depth):
+            A = smoothed(train.A(l), factors.A(l), l)
+            B = smoothed(train.B(l), factors.B(l), l)
+            Q = Q + n * A.repeat_interleave(c, 0).repeat_interleave(c, 1) * B
+        return Q
+
+    coefficient.__doc__ = WeightSide.coefficient.__doc__
+
+    def _backward(self, sig, shift, guards, generator):
+        # one sample's gradients serve a linear net; times root N they are all of them
+        shared = sig.first if sig.linear else sig
+        factors = []
+        for l, (D, guard) in enumerate(zip(shared.D, guards)):
+            if l == len(shared.D) - 1 and _is_identity(shared, D):
+                size, info = sig.n + shift, Info(1.0, 0.0)
+                factors.append(_Backward(Inverse(lambda v: v / size, info)))
+                continue
+            D = D * sig.n**0.5 if sig.linear else D
+            solved = ridge(D, shift, guard)
+            factors.append(_Backward(solved, D if solved.few else None))
+        return factors
+
+    def __repr__(self) -> str:
+        return f"KFAC(rank={self.rank!r})"
+
+
+def _is_identity(sig: Signals, D: Float[Tensor, "NC units"]) -> bool:
+    """Whether D is the identity of every sample: that of a layer which is the output
+    (and no residual, gate or weighting behind it).
+    """
+    if D.shape[1] != sig.c:
+        return False
+    eye = torch.eye(sig.c, dtype=D.dtype, device=D.device)
+    return torch.equal(D[: sig.c], eye) and bool(
+        torch.equal(D.view(sig.n, sig.c, -1), eye.expand(sig.n, -1, -1))
+    )
+
+
+MODELS = ("gaussian", "softmax")
+
+
+class SampledKFAC(_Kronecker):
+    r"""K-FAC with a backward factor from draws: :math:`S^\top S/NK` in place of
+    :math:`D^\top D/N`.
+
+    S (NK x M_out) are K residuals a sample, drawn from the outputs that the model
+    believes in, and pulled back: K backward passes, whatever the number of outputs. D
+    is not formed.
+
+    Parameters
+    ----------
+    samples : int
+        K.
+    variance : float
+        :math:`s^2`, the variance of the outputs that a Gaussian model assumes. It
+        scales loss and Fisher alike; with damping it decides how :math:`\lambda` is
+        shared: the backward factor is shifted by :math:`s^2\sqrt\lambda`.
+    model : {"gaussian", "softmax"}
+        Whose residuals: standard normal, for squared errors; or probabilities minus a
+        drawn label's unit vector, for cross-entropy of the softmax of the outputs.
+    rank : {"pinv", "raise"}
+        As for `KFAC`.
+    seed : int
+        Of the generator that a call makes for itself if it is not given one: a call
+        without ``generator`` is a pure function. `NaturalGradient` keeps a generator
+        made from it, so that every step draws anew. Draws are made on the CPU in
+        float64 and then moved: the same numbers on every device.
+
+    Raises
+    ------
+    ValueError
+        For values that make no sense.
+    TypeError
+        In ``coefficient``, on analytic factors: there is no output to draw from.
+    RankDeficient
+        In a solve, with ``rank="raise"``, when a factor is singular.
+
+    Notes
+    -----
+    Martens & Grosse (2015), section 5; Bernacchia, Lengyel & Hennequin (2018),
+    footnote 1. `optimal_lr` is that of the draw; ``best_alpha`` is L, the constant of a
+    deep linear net of square layers, exact in the limit of many samples.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> x = ngd.data.gaussian(50, 3)
+    >>> sig = ngd.signals(ngd.models.DeepLinear([3] * 5, seed=0), x, lazy=True)
+    >>> d = ngd.fisher.SampledKFAC(samples=1000).direction(sig, sig.outputs)
+    >>> gap = sig.jvp(d) - 4 * sig.outputs
+    >>> bool(gap.norm() < 0.05 * sig.outputs.norm())
     True
     """
 
     def __init__(
-        self, rank: str = "pinv", samples: int = 0, variance: float = 1.0, seed: int = 0
+        self,
+        samples: int = 1,
+        variance: float = 1.0,
+        model: str = "gaussian",
+        rank: str = "pinv",
+        seed: int = 0,
     ):
-        self.rank, _ = check_solver(rank, 0.0)
-        if samples < 0 or not 0 < variance < float("inf"):
+        if isinstance(samples, str) or not samples >= 1:
+            raise ValueError(f"samples={samples!r} must be 1 or more")
+        if not 0 < variance < float("inf"):
+            raise ValueError(f"variance={variance} must be positive")
+        if model not in MODELS:
+            raise ValueError(f"model={model!r} is unknown; use one of {MODELS}")
+        if model == "softmax" and variance != 1.0:
             raise ValueError(
-                f"samples={samples} must be 0 (exact) or more, and variance={variance} positive"
+                f"variance={variance}: a softmax model has none; leave it at 1"
             )
-        self.samples, self.variance, self.generator = (
-            samples,
-            float(variance),
-            torch.Generator().manual_seed(seed),
-        )
+        self.samples, self.variance = samples, float(variance)
+        self.model, self.rank, self.seed = model, check_rank(rank), seed
 
-    def best_alpha(self, factors: Factors) -> float:
-        return float(factors.depth) if self.samples else self.alpha(factors)
+    def best_alpha(self, factors) -> float:
+        """L, the number of trained layers: see Notes."""
+        return float(check_factors(factors).depth)
 
-    def coefficient(self, factors: Factors, damping: float = 0.0) -> Tensor:
-        train, a = factors.train, check_damping(damping) ** 0.5
-        n, b, Q = train.columns, self.variance * a, 0.0
-        if self.samples:
-            if train.signals is None:
-                raise TypeError(
-                    "samples are drawn from a network's outputs: analytic factors have none"
-                )
-            S = self._backward(train.signals, torch.zeros_like(train.signals.outputs))[
-                1
-            ]
-        for l in range(train.depth):
-            A = self._invert(train.A(l), n * a, factors.A(l).T, train, [l])[0].T
-            if self.samples:  # the Jacobian's D in the samples' metric
-                D = self._invert(
-                    S[l].T @ S[l] / n, b, factors.signals.D[l].T, train, [l]
-                )[0]
-                B = (train.signals.D[l] @ D).T / n
-            else:
-                B = self._invert(train.B(l), n * b, factors.B(l).T, train, [l])[0].T
-            Q = (
-                Q
-                + n * A.repeat_interleave(train.c, 0).repeat_interleave(train.c, 1) * B
+    def full_step(self, sig: Signals) -> float:
+        """1/L."""
+        return 1 / len(sig.H)
+
+    def _backward(self, sig, shift, guards, generator):
+        drawn = self._draw(sig, generator) / self.samples**0.5
+        return [
+            _Backward(inverse_covariance(S.flatten(0, 1), self.variance * shift, guard))
+            for S, guard in zip(sig.pull(drawn), guards)
+        ]
+
+    def _draw(self, sig: Signals, generator) -> Float[Tensor, "N K C"]:
+        """Residuals of outputs drawn from the model, on the signals' device."""
+        if generator is None:
+            generator = torch.Generator().manual_seed(self.seed)
+        if self.model == "gaussian":
+            shape = sig.n, self.samples, sig.c
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return drawn.to(sig.outputs)
+        if sig.c != sig.outputs.shape[1]:
+            raise ValueError(
+                'model="softmax" draws labels of the outputs themselves: give it plain'
+                ' signals, or weighted ones to model="gaussian"'
             )
-        return Q
-
-    def solve(self, sig, g, damping=0.0, out=None):
-        g, root, factors = (
-            check_residual(sig, g).view(sig.n, sig.c),
-            check_damping(damping) ** 0.5,
-            empirical(sig),
-        )
-        E, S, r = self._backward(sig, g)
-        stacks, layers, conditions, slope = {}, {}, [], 0.0
-        for l, (H, s) in enumerate(zip(sig.H, S)):
-            few_a, few_b = (
-                sig.n <= H.shape[1],
-                not self.samples and len(s) <= s.shape[1],
-            )
-            stacks.setdefault(
-                (few_a, few_b, l if few_a or few_b else (H.shape, s.shape)), []
-            ).append(l)
-        for (few_a, few_b, _), ls in stacks.items():
-
-            def solved(M, shift, rhs, ls=ls):
-                x, condition = self._invert(M, shift, rhs, factors, ls)
-                conditions.append(condition)
-                return x
-
-            if few_a or few_b:
-                slope = float("nan")
-                layers[ls[0]] = self._few(
-                    ls[0], few_a, few_b, g, sig, E, S, r, root, factors, solved
-                )
-            else:
-                one = len(ls) == 1  # a stack of one is a view, no copy
-                H, e, s = (
-                    p[ls[0]][None] if one else torch.stack([p[l] for l in ls])
-                    for p in (sig.H, E, S)
-                )
-                G = e.mT @ H / sig.n
-                half = solved(s.mT @ s / r, self.variance * root, G)
-                step = solved(H.mT @ H / sig.n, root, half.mT).mT
-                layers |= zip(ls, step)
-                slope += float((step * G).sum())
-        info = Info(max(conditions), 0.0, slope if slope == slope else None)
-        return sig.pack([layers[l] for l in range(len(layers))], out), info
-
-    def _backward(self, sig, g):
-        """For each layer the residual pulled back, and S such that S^T S / r is the
-        metric's backward factor; and r.
-        """
-        if self.samples:
-            v = torch.randn(
-                sig.n, self.samples, sig.c, generator=self.generator, dtype=g.dtype
-            ).to(g.device)
-            pulled = sig.pull(torch.cat([g[:, None], v / self.samples**0.5], 1))
-            return (
-                [e[:, 0] for e in pulled],
-                [e[:, 1:].flatten(0, 1) for e in pulled],
-                sig.n,
-            )
-        if sig.linear:  # every sample has the same output-gradients
-            S = [
-                s[0]
-                for s in sig.pull(
-                    torch.eye(sig.c, dtype=g.dtype, device=g.device)[None]
-                )
-            ]
-            return [g @ s for s in S], S, 1
-        return sig.pulled(g), sig.D, sig.n
-
-    def _few(self, l, few_a, few_b, g, sig, E, S, r, root, factors, solved):
-        """A layer with fewer samples than units on some side, as a pair to be
-        multiplied.
-        """
-        H, e, s, n, b = sig.H[l], E[l], S[l], sig.n, self.variance * root
-        if few_b:
-            G = g.T.clone()
-            if r > 1:
-                G, rows = (
-                    torch.zeros(len(s), n, dtype=g.dtype, device=g.device),
-                    torch.arange(len(s), device=g.device),
-                )
-                G[rows, rows // sig.c] = g.flatten()
-            e = solved(factors.B(l) if r > 1 else s @ s.T, r * b, G).T
-        if few_a:
-            e = solved(
-                H @ H.T if r == 1 or self.samples else factors.A(l), n * root, e
-            )  # factors sweep D
-        if few_b:
-            e = r * (e @ s)
-            return (e, H) if few_a else (e / n, solved(H.T @ H / n, root, H.T).T)
-        return solved(s.T @ s / r, b, e.T).T, H
-
-    def _invert(self, M, shift, rhs, factors, ls):
-        M.diagonal(0, -2, -1).add_(shift)
-        name = (
-            f"layer {ls[0]}'s factor: its "
-            if len(ls) == 1
-            else f"one of the layers {ls}: its factor's "
-        )
-        x, info = solve_spd(M, rhs, self.rank, 0.0, lambda: culprits(factors), name)
-        return x, info.condition
+        p = sig.outputs.detach().cpu().double().softmax(1)
+        labels = torch.multinomial(p, self.samples, True, generator=generator)
+        hot = torch.nn.functional.one_hot(labels, sig.c)
+        return (p[:, None] - hot).to(sig.outputs)
 
     def __repr__(self) -> str:
-        return f"KFAC(rank={self.rank!r}, samples={self.samples}, variance={self.variance:g})"
+        return (
+            f"SampledKFAC(samples={self.samples}, variance={self.variance:g},"
+            f" model={self.model!r}, rank={self.rank!r}, seed={self.seed})"
+        )
 
 
-class TridiagonalKFAC(FromSignals):
+class TridiagonalKFAC(WeightSide):
     r"""K-FAC whose *inverse* is block tri-diagonal: neighbouring layers coupled, and
     still positive definite.
 
@@ -245,62 +387,70 @@ class TridiagonalKFAC(FromSignals):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
-    >>> Q = ngd.fisher.TridiagonalKFAC().coefficient(ngd.kernels.empirical(sig), damping=0.01)
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 8, 1], seed=0), x)
+    >>> fac = ngd.kernels.empirical(sig)
+    >>> Q = ngd.fisher.TridiagonalKFAC().coefficient(fac, damping=0.01)
     >>> bool(torch.linalg.eigvalsh(Q)[0] > 0)
     True
     """
 
-    def _inverse(self, sig, damping):
+    def _inverse(self, sig, damping, generator=None):
         if not damping:
             raise ValueError(
-                "damping=0: this Fisher needs a positive damping, its conditional blocks are singular"
+                "damping=0: this Fisher needs a positive damping, its conditional"
+                " blocks are singular"
             )
-        sides = [self._side(parts, sig.n, damping**0.5) for parts in (sig.D, sig.H)]
+        (backward, (B, condition_B)), (forward, (A, condition_A)) = (
+            self._side(parts, sig.n, damping**0.5, side)
+            for parts, side in ((sig.D, "backward"), (sig.H, "forward"))
+        )
 
-        def apply(pulled):
-            steps = [r.T @ H / sig.n for r, H in zip(pulled, sig.H)]
-            (_, B), (_, A) = sides
-            last = torch.cholesky_solve(torch.cholesky_solve(steps[-1], B).T, A).T
-            inner = []
-            for l, ((PB, KB, b), (PA, KA, a)) in enumerate(
-                zip(*(links for links, _ in sides))
-            ):
-                rest = steps[l] - PB @ steps[l + 1] @ PA.T
-                inner.append(
-                    (KB @ ((KB.T @ rest @ KA) / (1 - b[:, None] * a)) @ KA.T, PB, PA)
-                )
-            result = [W for W, _, _ in inner] + [last]
-            for l, (W, PB, PA) in enumerate(inner):
-                result[l + 1] = result[l + 1] - PB.T @ W @ PA
-            return result
+        def apply(g):
+            steps = [r.mT @ H / sig.n for r, H in zip(pulled(sig, g), sig.H)]
+            result = []
+            for l, (b, a) in enumerate(zip(backward, forward)):
+                rest = steps[l] - b.Psi @ steps[l + 1] @ a.Psi.T
+                size = 1 - b.spectrum[:, None] * a.spectrum
+                result.append(b.K @ ((b.K.T @ rest @ a.K) / size) @ a.K.T)
+            result.append(solve_cholesky(A, solve_cholesky(B, steps[-1]).mT).mT)
+            coupled = [
+                b.Psi.T @ W @ a.Psi for W, b, a in zip(result, backward, forward)
+            ]
+            return result[:1] + [W - V for W, V in zip(result[1:], coupled)]
 
-        return apply
+        return Inverse(apply, Info(max(condition_A, condition_B), 0.0))
 
     @staticmethod
-    def _side(parts, n, root):
-        """For one side's factors: (Psi, K, spectrum) of each pair of neighbours, and
-        the last one's Cholesky factor.
-
-        K K^T inverts the factor, and K^T (Psi F_next Psi^T) K is the diagonal of the
-        spectrum, below 1."""
-        factors = [X.T @ X / n + root * torch.eye(X.shape[1]).to(X) for X in parts]
-        roots, links = [torch.linalg.cholesky(F) for F in factors], []
-        for l in range(len(parts) - 1):
-            across = parts[l + 1].T @ parts[l] / n
-            Psi = torch.cholesky_solve(across, roots[l + 1]).T
-            half = torch.linalg.solve_triangular(
-                roots[l], Psi @ roots[l + 1], upper=False
-            )
+    def _side(parts: list[Tensor], n: int, root: float, side: str):
+        """One side's factors: a `_Link` for each pair of neighbours; and the last one's
+        Cholesky factor, with the worst condition number of all.
+        """
+        roots, conditions, links = [], [], []
+        for l, X in enumerate(parts):
+            F = X.T @ X / n
+            F.diagonal().add_(root)
+            guard = Guard(name=f"layer {l}'s {side} factor: its ")
+            factor, condition = cholesky(F, guard)
+            if factor is None:
+                raise guard.singular(F, condition)
+            roots.append(factor)
+            conditions.append(condition)
+        for X, after, own, following in zip(parts, parts[1:], roots, roots[1:]):
+            Psi = solve_cholesky(following, after.T @ X / n).T
+            half = torch.linalg.solve_triangular(own, Psi @ following, upper=False)
             spectrum, vectors = torch.linalg.eigh(half @ half.T)
-            links.append(
-                (
-                    Psi,
-                    torch.linalg.solve_triangular(roots[l].T, vectors, upper=True),
-                    spectrum,
-                )
-            )
-        return links, roots[-1]
+            K = torch.linalg.solve_triangular(own.T, vectors, upper=True)
+            links.append(_Link(Psi, K, spectrum))
+        return links, (roots[-1], max(conditions))
 
-    def __repr__(self) -> str:
-        return "TridiagonalKFAC()"
+
+@dataclass(frozen=True)
+class _Link:
+    """One side of a pair of neighbouring layers: K K^T inverts the factor, and
+    K^T (Psi F_next Psi^T) K is the diagonal of the spectrum, below 1.
+    """
+
+    Psi: Tensor
+    K: Tensor
+    spectrum: Tensor

@@ -3,24 +3,29 @@ block-tridiagonal.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..factors import Factors, culprits
+from ..factors import Factors
 from ..solve import (
-    Info,
+    Inverse,
     RankDeficient,
-    solve_block_tridiagonal,
-    solve_general,
-    solve_spd,
+    inverse_block_tridiagonal,
+    inverse_general,
+    inverse_spd,
+    worst,
 )
-from .base import Fisher, check_solver
+from .base import OutputSide, check_factors, check_jitter, check_rank
 
 __all__ = ["Exact", "LayerWise", "BlockDiagonal", "BlockTridiagonal"]
 
+ZERO = 1e-10  # an eigenvalue or share of sigma below this, of the largest, is rounding
 
-class Exact(Fisher):
+
+class Exact(OutputSide):
     r"""The exact Fisher, :math:`F = \frac1N J^\top J`: Gauss-Newton with the
     Moore-Penrose inverse.
 
@@ -55,21 +60,21 @@ class Exact(Fisher):
     """
 
     def __init__(self, rank: str = "raise", jitter: float = 0.0):
-        self.rank, self.jitter = check_solver(rank, jitter)
+        self.rank, self.jitter = check_rank(rank), check_jitter(jitter)
 
-    def best_alpha(self, factors: Factors) -> float:
+    def _isotropic(self, layers):
         return 1.0
 
-    def _weights(self, factors, rhs, damping):
+    def _inverse(self, factors, damping):
         K = factors.gram()
         K.diagonal().add_(factors.columns * damping)
-        return solve_spd(K, rhs, self.rank, self.jitter, lambda: culprits(factors))
+        return inverse_spd(K, self._guard(factors))
 
     def __repr__(self) -> str:
         return f"Exact(rank={self.rank!r}, jitter={self.jitter:g})"
 
 
-class LayerWise(Fisher):
+class LayerWise(OutputSide):
     r"""The layer-wise class: layers coupled by one symmetric L x L matrix
     :math:`\Sigma`.
 
@@ -118,26 +123,29 @@ class LayerWise(Fisher):
         self, sigma: Tensor | Sequence, rank: str = "raise", jitter: float = 0.0
     ):
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
-        if (
-            sigma.ndim != 2
-            or sigma.shape[0] != sigma.shape[1]
-            or not torch.allclose(sigma, sigma.T)
-        ):
+        if sigma.ndim != 2 or sigma.shape[0] != sigma.shape[1]:
             raise ValueError(
-                f"sigma must be a symmetric L x L matrix, one row a trained layer, not of shape {tuple(sigma.shape)}"
+                "sigma must be a symmetric L x L matrix, one row a trained layer, not"
+                f" of shape {tuple(sigma.shape)}"
+            )
+        if not torch.allclose(sigma, sigma.T):
+            raise ValueError(
+                "sigma is not symmetric: its largest |sigma - sigma.T| is"
+                f" {float((sigma - sigma.T).abs().max()):.2g}; take (sigma + sigma.T)/2"
             )
         self.sigma = sigma
-        self.rank, self.jitter = check_solver(rank, jitter)
+        self.rank, self.jitter = check_rank(rank), check_jitter(jitter)
 
-    def _sigma(self, layers: int) -> Tensor:
+    def _sigma(self, layers: int) -> Float[Tensor, "L L"]:
         if len(self.sigma) != layers:
+            size = len(self.sigma)
             raise ValueError(
-                f"sigma is {len(self.sigma)} x {len(self.sigma)}, but the network trains {layers} layers"
+                f"sigma is {size} x {size}, but the network trains {layers} layers"
             )
         return self.sigma
 
-    def best_alpha(self, factors: Factors) -> float:
-        return float(_shares(self._sigma(factors.depth))[0].sum())
+    def _isotropic(self, layers):
+        return float(_shares(self._sigma(layers))[0].sum())
 
     def poles(self, factors: Factors) -> Tensor:
         r"""The dampings at which :math:`F + \rho I` is singular, ascending: none if
@@ -156,7 +164,7 @@ class LayerWise(Fisher):
         tensor([0.1550, 0.2489], dtype=torch.float64)
         """
         roots = []
-        for l in range(factors.depth):
+        for l in range(check_factors(factors).depth):
             values, vectors = torch.linalg.eigh(factors.layer(l))
             roots.append(vectors * values.clamp_min(0).sqrt())
         sigma, n = self._sigma(factors.depth).to(roots[0]), len(roots[0])
@@ -164,157 +172,145 @@ class LayerWise(Fisher):
             torch.cat([s * (root.T @ other) for s, other in zip(row, roots)], 1)
             for row, root in zip(sigma, roots)
         ]
-        poles = -torch.linalg.eigvalsh(torch.cat(rows))[
-            : n * int((torch.linalg.eigvalsh(sigma) < -1e-10).sum())
-        ]
+        negative = int((torch.linalg.eigvalsh(sigma) < -ZERO).sum())
+        poles = -torch.linalg.eigvalsh(torch.cat(rows))[: n * negative]
         return poles.flip(0) / factors.columns
 
-    def _weights(self, factors, rhs, damping):
-        sigma = self._sigma(factors.depth).to(rhs)
+    def _inverse(self, factors, damping):
+        sigma = self._sigma(factors.depth).to(factors.device, factors.dtype)
         if damping and torch.equal(sigma, sigma.diag().diag()):
-            return self._decoupled(
-                factors, rhs, damping, 1 / sigma.diag(), 1 / sigma.diag()
-            )
+            return self._decoupled(factors, 1 / sigma.diag(), damping)
         if damping:
-            return self._coupled(factors, rhs, damping, sigma)
-        x, null = _shares(sigma)
+            return self._coupled(factors, sigma, damping)
+        shares, null = _shares(sigma)
         if null.shape[1]:
-            return self._shortest(factors, rhs, x, null)
-        return self._decoupled(factors, rhs, 0.0, x, x)
+            return self._shortest(factors, shares, null)
+        return self._decoupled(factors, shares, 0.0)
 
-    def _decoupled(self, factors, rhs, damping, shares, shifts):
-        """One solve a layer that moves."""
-        weights, infos = [], []
-        for l, (share, shift) in enumerate(zip(shares, shifts)):
-            w = None
-            if share:
-                K = factors.layer(l)
-                K.diagonal().add_(factors.columns * damping * shift)
-                w, info = solve_spd(
-                    K,
-                    share * rhs,
-                    self.rank,
-                    self.jitter,
-                    lambda: culprits(factors),
-                    f"layer {l}'s ",
-                )
-                infos.append(info)
-            weights.append(w)
-        return weights, Info(
-            max(i.condition for i in infos), max(i.jitter for i in infos)
-        )
+    def _decoupled(self, factors, shares: Float[Tensor, " L"], damping) -> Inverse:
+        """One system a layer that moves, K_l + N rho share; v_l = its inverse on
+        share r, (NC, k).
+        """
+        inverses = {}
+        for l in shares.nonzero().flatten().tolist():
+            K = factors.layer(l)
+            K.diagonal().add_(factors.columns * damping * shares[l])
+            inverses[l] = inverse_spd(K, self._guard(factors, f"layer {l}'s "))
 
-    def _shortest(self, factors, rhs, x, null):
+        def apply(rhs):
+            return [
+                inverses[l](share * rhs) if l in inverses else None
+                for l, share in enumerate(shares)
+            ]
+
+        return Inverse(apply, worst(inverses.values()))
+
+    def _shortest(
+        self, factors, shares: Float[Tensor, " L"], null: Float[Tensor, "L kernel"]
+    ) -> Inverse:
         """The Moore-Penrose weights of a singular sigma: the null vectors' part makes
         the step shortest.
         """
-        moving = [l for l in range(len(x)) if x[l] or null[l].any()]
-        eye, inverses, infos = torch.eye(len(rhs)).to(rhs), {}, []
-        for l in moving:
-            name = f"layer {l}'s "
-            inverse, info = solve_spd(
-                factors.layer(l),
-                eye,
-                self.rank,
-                self.jitter,
-                lambda: culprits(factors),
-                name,
-            )
-            inverses[l] = inverse.contiguous()
-            infos.append(info)
-        M = sum(torch.kron(torch.outer(null[l], null[l]), inverses[l]) for l in moving)
-        b = -sum(
-            torch.kron(null[l][:, None], inverses[l] @ (x[l] * rhs)) for l in moving
+        moving = [l for l in range(len(shares)) if shares[l] or null[l].any()]
+        solved = [
+            inverse_spd(factors.layer(l), self._guard(factors, f"layer {l}'s "))
+            for l in moving
+        ]
+        eye = torch.eye(factors.columns * factors.c).to(shares)
+        inverses = {l: inverse(eye) for l, inverse in zip(moving, solved)}
+        M = sum(
+            torch.kron(torch.outer(null[l], null[l]), K.contiguous())
+            for l, K in inverses.items()
         )
-        z = solve_spd(
-            M, b, self.rank, 0.0, lambda: culprits(factors), "the null vectors' "
-        )[0].reshape(null.shape[1], *rhs.shape)
-        weights = [None] * len(x)
-        for l in moving:
-            weights[l] = inverses[l] @ (
-                x[l] * rhs + torch.einsum("k,knr->nr", null[l], z)
-            )
-        return weights, Info(
-            max(i.condition for i in infos), max(i.jitter for i in infos)
-        )
+        guard = replace(self._guard(factors, "the null vectors' "), jitter=0.0)
+        shortest = inverse_spd(M, guard)
 
-    def _coupled(self, factors, rhs, damping, sigma):
-        """Damped and coupled: Cholesky of the symmetric form for a positive definite
-        sigma, LU otherwise.
+        def apply(rhs):
+            own = {l: K @ (shares[l] * rhs) for l, K in inverses.items()}
+            b = -sum(torch.kron(null[l][:, None], v) for l, v in own.items())
+            z = shortest(b).reshape(-1, *rhs.shape)
+            return [
+                own[l] + inverses[l] @ torch.einsum("k,knr->nr", null[l], z)
+                if l in own
+                else None
+                for l in range(len(shares))
+            ]
+
+        return Inverse(apply, worst(solved))
+
+    def _coupled(self, factors, sigma: Float[Tensor, "L L"], damping) -> Inverse:
+        r"""Damped and coupled: Cholesky of the symmetric form, blockdiag(K_l) +
+        N rho Sigma^-1 x I, for a positive definite sigma, LU otherwise.
         """
-        grams, shift = (
-            [factors.layer(l) for l in range(factors.depth)],
-            factors.columns * damping,
-        )
-        eye = torch.eye(len(rhs)).to(rhs)
-        if (
-            torch.linalg.eigvalsh(sigma)[0] > 1e-10
-        ):  # (blockdiag(K_l) + N rho Sigma^-1 x I) v = Sigma^-1 1 x g
+        grams = [factors.layer(l) for l in range(factors.depth)]
+        shift, size = factors.columns * damping, len(grams[0])
+        if torch.linalg.eigvalsh(sigma)[0] > ZERO:
             inverse = torch.linalg.inv(sigma).contiguous()
-            M = torch.block_diag(*grams) + shift * torch.kron(inverse, eye)
-            b = torch.cat([share * rhs for share in inverse.sum(1)])
-            v, info = solve_spd(
-                M,
-                b,
-                self.rank,
-                self.jitter,
-                lambda: culprits(factors),
-                "the damped layer-wise ",
-            )
-            return list(v.split(len(rhs))), info
-        M = torch.cat(
-            [torch.cat([s * K for s, K in zip(row, grams)], 1) for row in sigma]
-        )
-        M.diagonal().add_(shift)
-        return self._away_from_poles(
-            factors, damping, *solve_general(M, rhs.repeat(len(grams), 1))
-        )
+            M = torch.block_diag(*grams)
+            M += shift * torch.kron(inverse, torch.eye(size).to(sigma))
+            solved = inverse_spd(M, self._guard(factors, "the damped layer-wise "))
 
-    def _away_from_poles(self, factors, damping, v, condition):
-        eps = torch.finfo(
-            v.dtype
-        ).eps  # condition is an estimate from above, up to len(v) times too large
-        if not condition < (len(v) / eps if eps > 1e-10 else 1 / (len(v) * eps)):
-            poles = self.poles(factors)
-            near = (
-                f"nearest at {float(poles[(poles - damping).abs().argmin()]):.6g}, "
-                if len(poles)
-                else ""
-            )
-            band = (
-                f"from {float(poles[0]):.3g} to {float(poles[-1]):.3g}"
-                if len(poles)
-                else "none but 0"
-            )
+            def apply(rhs):
+                b = torch.cat([share * rhs for share in inverse.sum(1)])
+                return solved(b).split(size)
+
+            return Inverse(apply, solved.info)
+        M = [torch.cat([s * K for s, K in zip(row, grams)], 1) for row in sigma]
+        M = torch.cat(M)
+        M.diagonal().add_(shift)
+        return self._away_from_poles(factors, damping, inverse_general(M))
+
+    def _away_from_poles(self, factors, damping, inverse: Inverse) -> Inverse:
+        """The inverse of all layers' system, (L NC, k), as one from a residual to each
+        layer's weights; refused where damping sits on a pole.
+        """
+        size, condition = factors.columns * factors.c, inverse.info.condition
+        n, eps = size * factors.depth, torch.finfo(factors.dtype).eps
+        # condition is an estimate from above, up to n times too large
+        limit = n / eps if factors.dtype == torch.float32 else 1 / (n * eps)
+        if not condition < limit:
             raise RankDeficient(
-                f"damping={damping:g} makes F + damping I singular to {v.dtype} (condition {condition:.1e}); its poles:"
-                f" {near}{band}. Move damping by a few percent or out of the poles' band, or take 0, solved apart."
+                f"damping={damping:g} makes F + damping I singular to {factors.dtype}"
+                f" (condition {condition:.1e}); its poles: "
+                f"{self._describe_poles(factors, damping)}. Move damping by a few"
+                " percent or out of the poles' band, or take 0, solved apart."
             )
-        return list(v.split(len(v) // factors.depth)), Info(condition, 0.0)
+
+        def apply(rhs):
+            return inverse(rhs.repeat(factors.depth, 1)).split(size)
+
+        return Inverse(apply, inverse.info)
+
+    def _describe_poles(self, factors, damping) -> str:
+        poles = self.poles(factors)
+        if not len(poles):
+            return "none but 0"
+        near = float(poles[(poles - damping).abs().argmin()])
+        low, high = float(poles[0]), float(poles[-1])
+        return f"nearest at {near:.6g}, from {low:.3g} to {high:.3g}"
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}()"
-            if type(self) is not LayerWise
-            else f"LayerWise({self.sigma.tolist()})"
-        )
+        if type(self) is LayerWise:
+            return f"LayerWise({self.sigma.tolist()})"
+        return f"{type(self).__name__}()"
 
 
-def _shares(sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _shares(
+    sigma: Float[Tensor, "L L"],
+) -> tuple[Float[Tensor, " L"], Float[Tensor, "L kernel"]]:
     """x with sigma x = 1, shortest, and an orthonormal basis of sigma's null space, one
     vector a column.
     """
     values, vectors = torch.linalg.eigh(sigma)
-    small = values.abs() <= 1e-10 * values.abs().max()
+    small = values.abs() <= ZERO * values.abs().max()
     kept, null = vectors[:, ~small], vectors[:, small]
     x = kept @ (kept.sum(0) / values[~small])
     if not torch.allclose(sigma @ x, torch.ones_like(x), atol=1e-6):
         raise ValueError(
-            "sigma is singular and the vector of ones is not in its range: there is no undamped step"
+            "sigma is singular and the vector of ones is not in its range: there is no"
+            " undamped step"
         )
-    return torch.where(x.abs() < 1e-10, 0.0, x), torch.where(
-        null.abs() < 1e-10, 0.0, null
-    )
+    return tuple(torch.where(part.abs() < ZERO, 0.0, part) for part in (x, null))
 
 
 class BlockDiagonal(LayerWise):
@@ -342,14 +338,15 @@ class BlockDiagonal(LayerWise):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), x)
     >>> d = ngd.fisher.BlockDiagonal().direction(sig, sig.outputs)
     >>> torch.allclose(sig.jvp(d), 2 * sig.outputs)
     True
     """
 
     def __init__(self, rank: str = "raise", jitter: float = 0.0):
-        self.rank, self.jitter = check_solver(rank, jitter)
+        self.rank, self.jitter = check_rank(rank), check_jitter(jitter)
 
     def _sigma(self, layers: int) -> Tensor:
         return torch.eye(layers, dtype=torch.float64)
@@ -391,15 +388,12 @@ class BlockTridiagonal(LayerWise):
     """
 
     def __init__(self, rank: str = "raise", jitter: float = 0.0):
-        self.rank, self.jitter = check_solver(rank, jitter)
+        self.rank, self.jitter = check_rank(rank), check_jitter(jitter)
 
     def _sigma(self, layers: int) -> Tensor:
         return torch.ones(layers, layers, dtype=torch.float64).tril(1).triu(-1)
 
-    def _coupled(self, factors, rhs, damping, sigma):
-        grams, shift = (
-            [factors.layer(l) for l in range(factors.depth)],
-            factors.columns * damping,
-        )
-        v, condition = solve_block_tridiagonal(grams, shift, rhs)
-        return self._away_from_poles(factors, damping, v, condition)
+    def _coupled(self, factors, sigma, damping):
+        grams = [factors.layer(l) for l in range(factors.depth)]
+        inverse = inverse_block_tridiagonal(grams, factors.columns * damping)
+        return self._away_from_poles(factors, damping, inverse)

@@ -1,21 +1,24 @@
 r"""Fishers that stay within a unit: unit-wise, quasi-diagonal, diagonal."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ..solve import solve_batch
-from .base import FromSignals, check_solver
+from ..solve import Guard, Inverse, factorised, inverse_spd, inverse_stack
+from .base import WeightSide, check_rank, pulled
 
 __all__ = ["UnitWise", "Diagonal", "QuasiDiagonal"]
 
 
-def _activity(sig, D):
-    """Squared output-gradients of every unit at every sample, summed over outputs:
-    (M_out, N).
-    """
+BATCH = 2**18  # numbers in a stack of Gram matrices: what stays in the cache
+
+
+def _activity(sig, D: Float[Tensor, "NC units"]) -> Float[Tensor, "units N"]:
+    """Squared output-gradients of every unit at every sample, summed over outputs."""
     return D.square().view(sig.n, sig.c, -1).sum(1).T
 
 
-class UnitWise(FromSignals):
+class UnitWise(WeightSide):
     r"""One block a unit: its incoming weights and bias together, decoupled from all
     other units.
 
@@ -47,53 +50,77 @@ class UnitWise(FromSignals):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], "tanh", seed=0), torch.eye(3, dtype=torch.float64))
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], "tanh", seed=0), x)
     >>> round(ngd.fisher.UnitWise().alpha(ngd.kernels.empirical(sig)), 6)
     9.0
     """
 
     def __init__(self, rank: str = "pinv"):
-        self.rank, _ = check_solver(rank, 0.0)
+        self.rank = check_rank(rank)
 
-    def _inverse(self, sig, damping):
-        grams, activities = [H @ H.T for H in sig.H], [_activity(sig, D) for D in sig.D]
+    def _inverse(self, sig, damping, generator=None):
+        numbers = sum(D.shape[1] for D in sig.D) * sig.n**2
+        solvers = [
+            self._units(H @ H.T, _activity(sig, D), sig.n * damping, numbers, l)
+            for l, (H, D) in enumerate(zip(sig.H, sig.D))
+        ]
 
-        def apply(pulled):
-            weights = [
-                torch.cat(
-                    list(self._units(A, s, r.T, sig.n * damping, f"layer {l}'s "))
-                )
-                for l, (A, s, r) in enumerate(zip(grams, activities, pulled))
+        def apply(g):
+            return [
+                (solve(r), H) for solve, r, H in zip(solvers, pulled(sig, g), sig.H)
             ]
-            return [(w.T, H) for w, H in zip(weights, sig.H)]
 
-        return apply
+        return Inverse(apply)
 
-    def _units(self, A, activity, pulled, shift, name):
-        r"""Weights :math:`t (t A t + N\rho)^+ t\, r/s` of a layer's units, t = sqrt(s),
-        or 1 with one factor.
+    def _units(
+        self,
+        A: Float[Tensor, "N N"],
+        activity: Float[Tensor, "units N"],
+        shift: float,
+        numbers: int,
+        l: int,
+    ):
+        r"""A function from layer l's pulled residuals r (..., N, units) to weights
+        :math:`t (t A t + N\rho)^+ t\, r/s` of the same shape, t = sqrt(s); or with
+        t = 1 and one factor for all units where none is ever inactive.
         """
+        guard = Guard(self.rank, name=f"layer {l}'s ")
         alike = (
             not shift
             and bool((activity > 0).all())
             and torch.linalg.matrix_rank(A, hermitian=True) == len(A)
         )
-        step = (
-            len(activity) if alike else max(1, 2**18 // A.numel())
-        )  # a batch of matrices stays in the cache
-        for s, r in zip(activity.split(step), pulled.split(step)):
-            t = torch.ones_like(s) if alike else s.sqrt()
-            b = torch.where(s > 0, t * r / s, 0.0)
-            M = A.clone()[None] if alike else A * t[:, :, None] * t[:, None, :]
-            M.diagonal(dim1=1, dim2=2).add_(shift)
-            v = solve_batch(M, b.T[None] if alike else b[:, :, None], self.rank, name)
-            yield t * (v[0].T if alike else v[:, :, 0])
+        if alike:
+            solve = inverse_spd(A, guard)
+            return lambda r: solve(r / activity.T)
+        roots = activity.sqrt()
+        inverse_roots = torch.where(activity > 0, 1 / roots, 0.0).T
+
+        def factors():
+            for t in roots.split(max(1, BATCH // A.numel())):
+                M = A * t[:, :, None] * t[:, None, :]
+                M.diagonal(0, 1, 2).add_(shift)
+                yield t, inverse_stack(M, guard)
+
+        again = factorised(factors, numbers)
+
+        def weights(r: Float[Tensor, "*k N units"]) -> Float[Tensor, "*k N units"]:
+            columns = (inverse_roots * r).reshape(-1, *roots.T.shape).permute(2, 1, 0)
+            parts, start = [], 0
+            for t, solve in again():
+                b = columns[start : start + len(t)]
+                parts.append(t[:, :, None] * solve(b))
+                start += len(t)
+            return torch.cat(parts).permute(2, 1, 0).reshape(r.shape)
+
+        return weights
 
     def __repr__(self) -> str:
         return f"UnitWise(rank={self.rank!r})"
 
 
-class Diagonal(FromSignals):
+class Diagonal(WeightSide):
     r"""The exact Fisher's diagonal, :math:`F_{pp} = \frac1N \sum_{nc} J_{nc,p}^2`: one
     number a weight.
 
@@ -112,22 +139,24 @@ class Diagonal(FromSignals):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], seed=0), x)
     >>> [d.shape for d in ngd.fisher.Diagonal().direction(sig, sig.outputs)]
     [torch.Size([8, 3]), torch.Size([1, 8])]
     """
 
-    def _inverse(self, sig, damping):
+    def _inverse(self, sig, damping, generator=None):
         moments = [
             _activity(sig, D) @ H.square() + sig.n * damping
             for H, D in zip(sig.H, sig.D)
         ]
-        return lambda pulled: [
-            _over(r.T @ H, F) for r, H, F in zip(pulled, sig.H, moments)
-        ]
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        def apply(g):
+            return [
+                _over(r.mT @ H, F) for r, H, F in zip(pulled(sig, g), sig.H, moments)
+            ]
+
+        return Inverse(apply)
 
 
 class QuasiDiagonal(Diagonal):
@@ -154,56 +183,55 @@ class QuasiDiagonal(Diagonal):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], bias_var=0.1, seed=0), torch.eye(3, dtype=torch.float64))
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> sig = ngd.signals(ngd.models.MLP([3, 8, 1], bias_var=0.1, seed=0), x)
     >>> [d.shape for d in ngd.fisher.QuasiDiagonal().direction(sig, sig.outputs)]
     [torch.Size([8, 3]), torch.Size([8]), torch.Size([1, 8]), torch.Size([1])]
     """
 
-    def _inverse(self, sig, damping):
+    def _inverse(self, sig, damping, generator=None):
         if any(
             layer.bias is None or H.shape[1] != layer.in_features + 1
             for layer, H in zip(sig.layers, sig.H)
         ):
             raise ValueError(
-                "net must train weights and biases in every trained layer for the quasi-diagonal Fisher"
+                "net must train weights and biases in every trained layer for the"
+                " quasi-diagonal Fisher"
             )
-        parts = []
-        for H, D in zip(sig.H, sig.D):
-            s, bias = _activity(sig, D), H[:, -1:]
-            F, cross, corner = (
-                s @ H[:, :-1].square(),
-                s @ (bias * H[:, :-1]),
-                s @ bias.square() + sig.n * damping,
-            )
-            slope = _over(cross, corner)
-            rest = F - slope * cross
-            parts.append(
-                (
-                    slope,
-                    torch.where(rest > 1e-12 * F, rest, 0.0) + sig.n * damping,
-                    corner,
-                )
-            )
+        moments = [
+            self._moments(H, _activity(sig, D), sig.n * damping)
+            for H, D in zip(sig.H, sig.D)
+        ]
 
-        def apply(pulled):
+        def apply(g):
             layers = []
-            for r, H, (slope, rest, corner) in zip(pulled, sig.H, parts):
-                g = r.T @ H
-                weights = _over(g[:, :-1] - slope * g[:, -1:], rest)
-                layers.append(
-                    torch.cat(
-                        [
-                            weights,
-                            _over(g[:, -1:], corner) - (slope * weights).sum(1, True),
-                        ],
-                        1,
-                    )
-                )
+            for r, H, (slope, rest, corner) in zip(pulled(sig, g), sig.H, moments):
+                G = r.mT @ H
+                weights, bias = G[..., :-1], G[..., -1:]
+                moved = _over(weights - slope * bias, rest)
+                bias = _over(bias, corner) - (slope * moved).sum(-1, True)
+                layers.append(torch.cat([moved, bias], -1))
             return layers
 
-        return apply
+        return Inverse(apply)
+
+    @staticmethod
+    def _moments(
+        H: Float[Tensor, "N inputs"], s: Float[Tensor, "units N"], shift: float
+    ):
+        """Each weight's slope on its bias and what is left of its square, (units,
+        weights); and the bias's square, (units, 1).
+        """
+        weights, bias = H[:, :-1], H[:, -1:]
+        squares, cross = s @ weights.square(), s @ (bias * weights)
+        corner = s @ bias.square() + shift
+        slope = _over(cross, corner)
+        rest = squares - slope * cross
+        # below this, what is left of a weight that its bias explains is rounding
+        rest = torch.where(rest > 1e-12 * squares, rest, 0.0) + shift
+        return slope, rest, corner
 
 
-def _over(a, b):
+def _over(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0: the pseudo-inverse of a diagonal."""
     return torch.where(b > 0, a / b, 0.0)
