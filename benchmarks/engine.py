@@ -124,7 +124,7 @@ def autoencoder(n, repeats):
     )
     x = torch.rand(n, AUTOENCODER[0], generator=torch.Generator().manual_seed(0))
     opt = ngd.optim.NaturalGradient(
-        net, ngd.fisher.KFAC(samples=1, variance=100.0), 1 / 8, ngd.optim.Adaptive(1e-4)
+        net, ngd.fisher.SampledKFAC(variance=100.0), 1 / 8, ngd.optim.Adaptive(1e-4)
     )
 
     def gradient():

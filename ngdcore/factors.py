@@ -118,7 +118,7 @@ class Factors(ABC):
         return self._all_A(self._chosen([l]))[0]
 
     def B(self, l: int) -> Float[Tensor, "RC NC"]:
-        r"""The backward factor :math:`B_l = D_l D_l^\top`, shape (rows C, columns C)."""
+        r"""The backward factor :math:`B_l = D_l D_l^\top`, (rows C, columns C)."""
         return self._all_B(self._chosen([l]))[0]
 
     def nngp(self) -> Float[Tensor, "R N"]:
@@ -138,8 +138,9 @@ class Factors(ABC):
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), 2).nngp().diagonal()
-        tensor([1., 1.], dtype=torch.float64)
+        >>> K = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), 2).nngp()
+        >>> K.shape, round(float(K[0, 0]), 9)
+        (torch.Size([2, 2]), 1.0)
         """
         if self.signals is not None:
             raise TypeError(
@@ -147,6 +148,11 @@ class Factors(ABC):
                 " kernels.analytic(x, depth, ...), not on empirical factors"
             )
         return self.A(-1)
+
+    def variance(self) -> Float[Tensor, " R"]:
+        """The variance of an infinitely wide network's outputs at the rows, at the
+        start: for square factors the diagonal of `nngp`."""
+        raise TypeError("variance() is of infinitely wide networks, as nngp() is")
 
     @abstractmethod
     def diagonal(self) -> Float[Tensor, " NC"]:
@@ -156,8 +162,8 @@ class Factors(ABC):
         --------
         >>> import torch, ngdcore as ngd
         >>> fac = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), depth=2)
-        >>> fac.diagonal(), fac.trace()
-        (tensor([2., 2.], dtype=torch.float64), 4.0)
+        >>> torch.allclose(fac.diagonal(), fac.gram().diagonal()), round(fac.trace(), 9)
+        (True, 4.0)
         """
 
     def trace(self) -> float:
@@ -185,9 +191,11 @@ class Factors(ABC):
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> fac = ngd.kernels.analytic(ngd.data.gaussian(5, 3), depth=3)
-        >>> [(part, K.shape) for part, K in fac.blocks(rows=3)]
-        [(slice(0, 3, None), torch.Size([3, 5])), (slice(3, 5, None), torch.Size([2, 5]))]
+        >>> fac, K = ngd.kernels.analytic(ngd.data.gaussian(5, 3), depth=3), {}
+        >>> for part, block in fac.blocks(rows=3):
+        ...     K[part.start, part.stop] = block.shape
+        >>> K
+        {(0, 3): torch.Size([3, 5]), (3, 5): torch.Size([2, 5])}
         """
         if not isinstance(rows, Integral) or rows < 1:
             raise ValueError(f"rows={rows} must be a whole number of 1 or more")

@@ -7,6 +7,7 @@ import math
 import pickle
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -15,26 +16,12 @@ from torch.optim import lr_scheduler as schedules
 
 import ngdcore as ngd
 from ngdcore.dense import jacobian, relative
+from ngdcore.fisher import SampledKFAC
 
 
 def problem(n=6, d=5, c=2, width=40, **kwargs):
     net = ngd.models.MLP([d, width, width, c], "tanh", 1.5, 0.1, seed=1, **kwargs)
     return net, ngd.data.gaussian(n, d, seed=2), ngd.data.gaussian(n, c, seed=3)
-
-
-class OwnSamples(ngd.fisher.KFAC):
-    """K-FAC with samples that come from the caller's generator."""
-
-    def __init__(self, samples=1, variance=1.0, seed=0):
-        super().__init__(samples=samples, variance=variance)
-        self.seed = seed
-
-    def solve(self, sig, g, damping=0.0, out=None, generator=None):
-        self.generator = generator or torch.Generator().manual_seed(self.seed)
-        return super().solve(sig, g, damping, out)
-
-
-SampledKFAC = getattr(ngd.fisher, "SampledKFAC", OwnSamples)
 
 
 def weights(net):
@@ -259,36 +246,23 @@ def test_minibatches_cover_an_epoch():
 
 def test_optim_refuses():
     net, x, y = problem()
-    F = ngd.fisher.Exact()
-    for make, says in (
-        (lambda: ngd.optim.NaturalGradient(net, F, lr="best"), "optimal"),
-        (lambda: ngd.optim.NaturalGradient(net, F, lr=0.0), "lr"),
-        (lambda: ngd.optim.NaturalGradient(net, F, damping=-1.0), "damping"),
-        (lambda: ngd.optim.NaturalGradient(nn.Sequential(), F), "trains nothing"),
-        (lambda: ngd.optim.NaturalGradient(net, F).step(x, y[:, 0]), "shape"),
-        (lambda: ngd.optim.NaturalGradient(net, F).step(x, y * float("nan")), "NaN"),
-        (
-            lambda: next(ngd.optim.run(torch.optim.SGD(net.parameters()), x, y, 1)),
-            "net is needed",
-        ),
-        (
-            lambda: next(
-                ngd.optim.run(ngd.optim.NaturalGradient(net, F), x, y, 1, batch_size=7)
-            ),
-            "fit",
-        ),
-        (
-            lambda: next(ngd.optim.run(ngd.optim.NaturalGradient(net, F), x, y, -1)),
-            "fit",
-        ),
-        (
-            lambda: next(ngd.optim.run(ngd.optim.NaturalGradient(net, F), x, y[:2], 1)),
-            "fit",
-        ),
+    F, make, run = ngd.fisher.Exact(), ngd.optim.NaturalGradient, ngd.optim.run
+    sgd = torch.optim.SGD(net.parameters())
+    for call, says in (
+        (lambda: make(net, F, lr="best"), "optimal"),
+        (lambda: make(net, F, lr=0.0), "lr"),
+        (lambda: make(net, F, damping=-1.0), "damping"),
+        (lambda: make(nn.Sequential(), F), "trains nothing"),
+        (lambda: make(net, F).step(x, y[:, 0]), "shape"),
+        (lambda: make(net, F).step(x, y * float("nan")), "NaN"),
+        (lambda: next(run(sgd, x, y, 1)), "net is needed"),
+        (lambda: next(run(make(net, F), x, y, 1, batch_size=7)), "fit"),
+        (lambda: next(run(make(net, F), x, y, -1)), "fit"),
+        (lambda: next(run(make(net, F), x, y[:2], 1)), "fit"),
     ):
         before = weights(net).clone()
         with pytest.raises(ValueError, match=says):
-            make()
+            call()
         assert torch.equal(weights(net), before), (
             "a refused step must leave the weights alone"
         )
@@ -491,26 +465,17 @@ def test_bad_steps_are_undone_exactly():
 def test_run_reports_examples_and_tests():
     net, x, y = problem(n=12)
     held, calls = lambda: float(ngd.optim.half_mse(net(x).detach(), y)), []
-    opt = ngd.optim.NaturalGradient(
-        net, SampledKFAC(), "optimal", ngd.optim.Adaptive(0.1)
-    )
+    opt = ngd.optim.NaturalGradient(net, SampledKFAC(), 1 / 3, ngd.optim.Adaptive(0.1))
     states = list(
         ngd.optim.run(
             opt, x, y, 5, batch_size=4, test=lambda: calls.append(1) or held(), every=2
         )
     )
     assert [s.examples for s in states] == [0, 4, 8, 12, 16, 20] and len(calls) == 4
-    assert [math.isnan(s.test) for s in states] == [
-        False,
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]
-    assert states[-1].test == pytest.approx(held()) and opt.param_groups[0][
-        "lr"
-    ] == pytest.approx(1 / 3)
+    untested = [math.isnan(s.test) for s in states]
+    assert untested == [False, True, False, True, False, False]
+    assert states[-1].test == pytest.approx(held())
+    assert {s.lr for s in states[:-1]} == {1 / 3} and states[2].rows == 4
 
 
 def test_lazy_signals_refuse_moved_weights():
@@ -868,38 +833,38 @@ def test_the_generator_is_the_optimizers():
     assert losses[0] == losses[1] and len(set(losses[0])) == 3
 
 
-def test_a_foreign_state_dict_is_refused_whole():
-    net, x, y = problem(n=12)
-    makers = {
-        "sgd": lambda: torch.optim.SGD(net.parameters(), lr=0.1),
-        "fixed": lambda: ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), 0.3, 0.1),
-        "exact": lambda: MAKERS["exact"](net),
-        "sampled": lambda: MAKERS["sampled"](net),
-        "groups": lambda: MAKERS["groups"](net),
+def frozen(state_dict):
+    """A state dict as plain lists, to be compared."""
+    extra = state_dict["natural_gradient"]
+    return state_dict["param_groups"], {
+        k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in extra.items()
     }
-    cases = (
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "says"),
+    [
         ("fixed", "sgd", "lacks.*damping"),
         ("fixed", "exact", "Adaptive"),
         ("exact", "fixed", "Adaptive"),
         ("exact", "sampled", "Fisher that draws"),
         ("sampled", "exact", "Fisher that draws"),
         ("sampled", "groups", "number of parameter groups"),
-    )
-    for here, there, says in cases:
-        opt, other = makers[here](), makers[there]()
-        before = opt.state_dict()
-        if there != "sgd":
-            other.step(x, y)
-        with pytest.raises(ValueError, match=says):
-            opt.load_state_dict(other.state_dict())
-        after = opt.state_dict()
-        assert before["param_groups"] == after["param_groups"]
-        for key, value in before["natural_gradient"].items():
-            same = after["natural_gradient"][key]
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, same)
-            else:
-                assert value == same
+    ],
+)
+def test_a_foreign_state_dict_is_refused_whole(here, there, says):
+    net, x, y = problem(n=12)
+    makers = MAKERS | {
+        "sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.1),
+        "fixed": lambda net: ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), 0.3),
+    }
+    opt, other = makers[here](net), makers[there](net)
+    before = frozen(opt.state_dict())
+    if there != "sgd":
+        other.step(x, y)
+    with pytest.raises(ValueError, match=says):
+        opt.load_state_dict(other.state_dict())
+    assert frozen(opt.state_dict()) == before
 
 
 # --------------------------------------------------------------------- how it is called
@@ -921,9 +886,9 @@ def test_wrong_calls_say_how():
         (lambda: make(net, "exact"), TypeError, "instance of a Fisher"),
         (lambda: make(net.parameters(), F), TypeError, "network itself.*generator"),
         (lambda: make(list(net.parameters()), F), TypeError, "network itself.*list"),
-        (lambda: make(conv, F), TypeError, "trains 0.weight, which is no"),
-        (lambda: make(tied, F), TypeError, "one tensor as 0.weight and 2.weight"),
-        (lambda: make(normed, F), TypeError, "trains 1.weight.*freeze"),
+        (lambda: make(conv, F), TypeError, "0.weight is trained, and not"),
+        (lambda: make(tied, F), TypeError, "0.weight.*2.weight|2.weight.*0.weight"),
+        (lambda: make(normed, F), TypeError, "1.weight is trained.*freeze"),
         (lambda: make(net, F, metric="kl"), ValueError, "metric='kl'.*'softmax'"),
         (lambda: make(net, F, weight_decay=-1.0), ValueError, "weight_decay"),
         (lambda: make(net, F, damping="auto"), ValueError, "damping=auto"),
@@ -952,8 +917,11 @@ def test_repr_fits_a_line():
 
 def test_losses_that_are_none_of_the_outputs_alone_are_refused():
     net, x, y = problem(c=1)
-    flat, mse, opt = y[:, 0], nn.MSELoss(), None
-    penalty = lambda f, t: mse(f, t) + sum(p.square().sum() for p in net.parameters())  # noqa: E731
+    flat, mse = y[:, 0], nn.MSELoss()
+
+    def penalty(f, t):
+        return mse(f, t) + sum(p.square().sum() for p in net.parameters())
+
     for loss, target, says in (
         (penalty, y, "weight_decay"),
         (lambda f, t: mse(net(x), t) + 0 * f.sum(), y, "weight_decay"),
@@ -1309,3 +1277,18 @@ def test_the_bar_shows_the_loss(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match=r"ngdcore\[notebooks\]"):
         next(ngd.optim.run(opt, x, y, 2, progress=True))
+
+
+@pytest.mark.parametrize("way", ["step", "run"])
+def test_single_precision_warns_once_and_at_the_callers_line(way):
+    net, x, y = problem(n=12, c=1, dtype=torch.float32)
+    x = x.float()
+    x[1] = x[0] + 2e-3  # two samples hardly differ
+    opt = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), 0.1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(3) if way == "step" else ngd.optim.run(opt, x, y.float(), 3):
+            if way == "step":
+                opt.step(x, y.float())
+    assert [w.category for w in seen] == [RuntimeWarning]
+    assert seen[0].filename == __file__ and "float64" in str(seen[0].message)

@@ -39,8 +39,9 @@ class Dual(ABC):
     ...         corr = damp * c.sinh() / self.rms(s) / self.rms(r)
     ...         return 1 - corr, damp * c.cosh()
     >>> x = torch.eye(3, dtype=torch.float64)
-    >>> closed, series = (ngd.kernels.analytic(x, 3, phi) for phi in (Sine(), torch.sin))
-    >>> torch.allclose(closed.gram(), series.gram())
+    >>> closed, series = (
+    ...     ngd.kernels.analytic(x, 3, phi).gram() for phi in (Sine(), torch.sin))
+    >>> torch.allclose(closed, series)
     True
     """
 
@@ -68,6 +69,10 @@ class Dual(ABC):
         r""":math:`E\,\phi'(sz)^2`: `pair` of every row with itself."""
         rows = self.prepare(s)[:, None]
         return self.pair(rows, rows, rows.new_zeros(len(s), 1, 1))[1].flatten()
+
+    def rows(self, s: Float[Tensor, " N"]) -> tuple[Tensor, Tensor, Tensor]:
+        """rms (N), what `prepare` gives (N, k), slope (N): where they share work."""
+        return self.rms(s), self.prepare(s), self.slope(s)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{v:g}" for v in vars(self).values())
@@ -138,7 +143,7 @@ class ErfDual(Dual):
         return kappa * (2 / math.pi * even).sqrt()
 
     def prepare(self, s):
-        """(N, 3): kappa = sqrt(2) s/g, 1 - kappa^2 = 1/g^2, and 1/g, g^2 = 1 + 2 s^2."""
+        """(N, 3): kappa = sqrt(2) s/g, 1 - kappa^2 = 1/g^2, 1/g; g^2 = 1 + 2 s^2."""
         inverse = 1 / torch.hypot(torch.ones_like(s), math.sqrt(2) * s)
         return torch.stack([math.sqrt(2) * s * inverse, inverse**2, inverse], 1)
 
@@ -208,8 +213,13 @@ class Shifted(Dual):
 
 def _moments(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """E 1, E (z - h), E (z - h)^2 over z > h, of a standard normal z; shapes of h."""
-    tail, density = torch.special.ndtr(-h), _density(h)
+    tail, density = _tail(h), _density(h)
     return tail, density - h * tail, (1 + h**2) * tail - h * density
+
+
+def _tail(h: Tensor) -> Tensor:
+    """P(z > h), to full relative accuracy (torch.special.ndtr keeps 10 digits)."""
+    return torch.special.erfc(h / math.sqrt(2)) / 2
 
 
 def _density(h: Tensor) -> Tensor:
@@ -262,13 +272,19 @@ def _obtuse(h, k, t, both, lack):
     t, both, lack are those of the mirror image."""
     (tail, mean, power), (_, _, power_k) = _moments(h), _moments(k)
     high = torch.maximum(h, -k)
-    tail_high = torch.special.ndtr(-high)
+    tail_high = _tail(high)
     aligned = (1 - h * k) * tail_high + _density(high) * (high - h + k)
     moment = (t - 1) * tail - k * mean + aligned - (t * tail_high - lack)
     return 1 - moment / (power * power_k).sqrt(), tail - tail_high + both
 
 
-TERMS = (128, 384, 1024, 3072)  # of the Hermite series, more where it has not decayed
+TERMS = (
+    128,
+    256,
+    512,
+    1024,
+    3072,
+)  # of the Hermite series, more where it has not decayed
 
 
 class Hermite(Dual):
@@ -289,31 +305,40 @@ class Hermite(Dual):
         return f"Hermite({name})"
 
     def rms(self, s):
-        rms = self._series(s)[0]
-        zero = self._phi(torch.zeros(1, 1, dtype=torch.float64)).abs()[0].to(s)
-        return torch.where(s == 0, zero, rms)
+        return self.rows(s)[0]
 
     def prepare(self, s):
-        """(N, 1 + terms): rms/s, and the coefficients of phi/rms."""
-        rms, a = self._series(s)
-        return torch.cat([(rms / _positive(s))[:, None], a], 1)
+        return self.rows(s)[1]
 
     def slope(self, s):
-        rows = self.prepare(s)
-        orders = torch.arange(rows.shape[1] - 1).to(rows)
-        return rows[:, 0] ** 2 * (rows[:, 1:] ** 2 @ orders)
+        return self.rows(s)[2]
+
+    def rows(self, s):
+        """One series for all three; `prepare` is (N, 1 + terms): rms/s, and the
+        coefficients of phi/rms."""
+        if len(s) > 1 and s.max() - s.min() <= 1e-14 * s.max():
+            return tuple(
+                v.expand(len(s), *v.shape[1:]) for v in self.rows(s.max()[None])
+            )
+        rms, a = self._series(s)
+        rows = torch.cat([(rms / _positive(s))[:, None], a], 1)
+        orders = torch.arange(a.shape[1]).to(a)
+        zero = self._phi(torch.zeros(1, 1, dtype=torch.float64)).abs()[0].to(s)
+        return torch.where(s == 0, zero, rms), rows, rows[:, 0] ** 2 * (a**2 @ orders)
 
     def pair(self, left, right, t):
-        cosine, terms = 1 - t, min(left.shape[1], right.shape[1]) - 1
-        a, b = left[:, 1 : terms + 1], right[:, 1 : terms + 1]
+        cosine, terms = 1 - t, min(left.shape[1], right.shape[1])
+        a, b = left[:, 1:terms], right[:, 1:terms]
         top = a.abs().amax(0) * b.abs().amax(0)
         first = int(top[0::2].max() <= 1e-30)  # odd functions have odd terms only
-        step = 2 if first or top[1::2].max() <= 1e-30 else 1
+        step = 2 if first or not (top[1::2] > 1e-30).any() else 1
         y = cosine**2 if step == 2 else cosine
         value, rise = torch.zeros_like(t), torch.zeros_like(t)
-        for k in reversed(range(first, self._needed(top, cosine), step)):
+        last = self._needed(top, cosine) - 1
+        a, b = (side[:, : last + 1].T.contiguous() for side in (a, b))
+        for k in range(last - (last - first) % step, first - 1, -step):  # Horner
             torch.addcmul(value, rise, y, out=rise)
-            value.mul_(y).addr_(a[:, k], b[:, k])
+            value.mul_(y).addr_(a[k], b[k])
         if step == 2:  # value and rise are of the series in the square
             rise = 2 * cosine * rise
             if first:
@@ -321,7 +346,7 @@ class Hermite(Dual):
         return 1 - value, left[:, :1] * right[:, :1].T * rise
 
     def _needed(self, top, cosine):
-        """How many of the terms, at most `top` (K) each, count at these correlations."""
+        """How many terms, at most `top` (K) each, count at these correlations."""
         size = float(cosine.abs().max().clamp(max=1))
         orders = torch.arange(len(top)).to(top)
         parts = (orders + 1) * top * size ** (orders - 1).clamp_min(0)
@@ -329,23 +354,17 @@ class Hermite(Dual):
         return int((tail > torch.finfo(top.dtype).eps / 8 * tail[0]).sum())
 
     def _series(self, s):
-        """rms (N) and the coefficients of phi/rms (N, K), as many as it takes; one row
-        stands for all where s differs by rounding only."""
-        if len(s) > 1 and s.max() - s.min() <= 1e-14 * s.max():
-            rms, a = self._series(s.max()[None])
-            return rms.expand(len(s)), a.expand(len(s), -1)
+        """rms (N) and the coefficients of phi/rms (N, K), as many as it takes."""
         positive = _positive(s).double().cpu()
+        widest = positive.max()[None]  # tells how many terms, at the cost of one row
         for terms in TERMS:
+            if self._decayed(*self._coefficients(widest, terms)) is None:
+                continue
             size, a, ends = self._coefficients(positive, terms)
-            orders = torch.arange(terms + 1)
-            power = a.square().sum(1)
-            norm = torch.where(power > 0, power, 1.0).sqrt()[:, None]
-            parts = orders * (a / norm).abs()
-            small = parts.amax(0) < (1e-12 if terms < TERMS[-1] else 3e-8 * orders**0.5)
-            last = int((~small).nonzero()[-1]) if not small.all() else 0
-            if last <= terms - 8 and not ends.any():
-                kept = a[:, : last + 1] / norm
-                return (size * power.sqrt()).to(s), kept.to(s)
+            last = self._decayed(size, a, ends)
+            if last is not None:
+                norm = _norm(a)
+                return (size * norm[:, 0]).to(s), (a[:, : last + 1] / norm).to(s)
         raise ValueError(
             "activation is not smooth enough for a series at these variances (pre-"
             f"activations up to {float(s.max()):.3g} in standard deviation): it has not"
@@ -354,14 +373,34 @@ class Hermite(Dual):
             " smooth function smaller inputs or weight_var"
         )
 
+    def _decayed(self, size, a, ends):
+        """The last of these coefficients (N, terms + 1) that counts for any row; None
+        where there may be more beyond them.
+
+        k a_k < 1e-10 serves pairs of unequal rows too; at the last resort it is what
+        rows of equal size need."""
+        terms = a.shape[1] - 1
+        orders = torch.arange(terms + 1)
+        allowed = 1e-10 if terms < TERMS[-1] else 3e-8 * orders**0.5
+        parts = (orders * (a / _norm(a)).abs()).amax(0)
+        counts = (parts > allowed).nonzero()
+        last = int(counts[-1]) if len(counts) else 0
+        return last if last <= terms - 8 and not ends.any() else None
+
     def _coefficients(self, s, terms):
         """Scale (N) and coefficients (N, terms + 1) of phi at standard deviations s
-        (N); and what is left of it at the ends of the line, (N, 2)."""
+        (N); and whether it has not vanished at the ends of the line, (N, 2)."""
         z, basis, root = _hermite_basis(terms)
-        values = self._phi(s[:, None] * z)
-        size = values.abs().amax(1)
-        values = values / torch.where(size > 0, size, 1.0)[:, None] * root
-        return size, values @ basis, values[:, [0, -1]].abs() > 1e-12
+        u = s[:, None] * z
+        plus, minus = self._phi(u), self._phi(-u)
+        size = torch.maximum(plus.abs().amax(1), minus.abs().amax(1))
+        scale = root / torch.where(size > 0, size, 1.0)[:, None]
+        ends = (torch.stack([plus, minus])[..., -1] * scale[:, -1]).abs() > 1e-12
+        a = torch.zeros(len(s), terms + 1, dtype=torch.float64)
+        for parity, part in enumerate((plus + minus, plus - minus)):
+            if part.any():  # tanh has no even part
+                a[:, parity::2] = (part * scale) @ basis[parity::2].T
+        return size, a, ends
 
     def _phi(self, u):
         """phi of a float64 (N, k), checked."""
@@ -380,25 +419,33 @@ class Hermite(Dual):
         return values.double()
 
 
+def _norm(a: Tensor) -> Tensor:
+    """Norms of the rows (N, 1), 1 where a row is zero."""
+    norm = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
+
+
 def _positive(s: Tensor) -> Tensor:
     """A row of zeros is the limit of small ones."""
     return s.clamp_min(1e-100)
 
 
 def _hermite_basis(terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes (n), normalised Hermite functions (n, terms + 1), and the root of the
-    weight times the step (n): for E phi h_k, multiply and sum.
+    """Nodes z >= 0 (n), normalised Hermite functions times the step (terms + 1, n), and
+    the root of the weight (n): for E phi h_k, multiply with phi's part of k's parity,
+    twice, and sum.
 
     The step resolves the product of the two fastest functions."""
     step = math.pi / (2.2 * math.sqrt(terms))
-    half = math.ceil(14 / step)
-    z = torch.arange(-half, half + 1, dtype=torch.float64) * step
-    root = torch.exp(-(z**2) / 4) / (2 * math.pi) ** 0.25
-    h = torch.empty(terms + 1, len(z), dtype=torch.float64)
+    z = np.arange(math.ceil(14 / step) + 1) * step
+    root = np.exp(-(z**2) / 4) / (2 * math.pi) ** 0.25
+    h = np.empty((terms + 1, len(z)))
     h[0], h[1] = root, z * root
     for k in range(1, terms):
         h[k + 1] = (z * h[k] - k**0.5 * h[k - 1]) / (k + 1) ** 0.5
-    return z, h.T * step, root
+    h *= step
+    h[:, 0] /= 2  # z = 0 is met once, the others with either sign
+    return torch.from_numpy(z), torch.from_numpy(h), torch.from_numpy(root)
 
 
 def _same(phi, *functions) -> bool:

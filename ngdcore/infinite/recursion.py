@@ -68,10 +68,10 @@ def _march(x: Tensor, net: _Net) -> _Rows:
         rows.std.append(std)
         rows.shares.append((weight * s / safe, bias / safe))
         if l < net.depth - 1:
-            s = net.activation.rms(std)
-            rows.prepared.append(net.activation.prepare(std))
+            s, prepared, slope = net.activation.rows(std)
+            rows.prepared.append(prepared)
             rows.alive.append(s > 0)
-            rows.slope.append(net.weight_var * net.activation.slope(std))
+            rows.slope.append(net.weight_var * slope)
     return rows
 
 
@@ -113,6 +113,10 @@ class _Analytic(Factors):
         self._check(lambda rows: [rows.diagonals()[2]])
         K = self._rows.diagonals()[2].to(self.dtype)
         return K.repeat_interleave(self.c)
+
+    def variance(self):
+        self._check(lambda rows: [rows.std[-1] ** 2])
+        return (self._rows.std[-1] ** 2).to(self.dtype)
 
     def _assemble(self, write, count=1, c=None, rows=None, columns=None):
         """One output's matrices, times the identity of C where there are more."""

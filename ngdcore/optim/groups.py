@@ -6,18 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..signals import trained_layers
+
 
 def number(name: str, value: Any, positive: bool = False) -> float:
     """A finite number of at least (or above) 0, as a float."""
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not (0 <= number < math.inf) or (positive and number == 0):
+        found = math.nan
+    if not (0 <= found < math.inf) or (positive and found == 0):
         raise ValueError(
             f"{name}={value} must be {'' if positive else '0 or '}positive and finite"
         )
-    return number
+    return found
 
 
 def check_parts(net, fisher, metric) -> None:
@@ -40,31 +42,14 @@ def check_parts(net, fisher, metric) -> None:
         )
 
 
-def _trained(net: nn.Module) -> dict[str, Tensor]:
-    """Names and trained parameters; weights and biases of linear layers, each once."""
-    found: dict[str, Tensor] = {}
-    for prefix, module in net.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            if not p.requires_grad:
-                continue
-            if not (isinstance(module, nn.Linear) and name in ("weight", "bias")):
-                raise TypeError(
-                    f"net trains {full}, which is no weight or bias of an nn.Linear:"
-                    " freeze it (requires_grad_(False))"
-                )
-            twin = next((k for k, q in found.items() if q is p), None)
-            if twin:
-                raise TypeError(f"net trains one tensor as {twin} and {full}: untie it")
-            found[full] = p
-    if not found:
-        raise ValueError("net trains nothing: no parameter has requires_grad=True")
-    return found
-
-
 def param_groups(net: nn.Module, groups) -> list[dict[str, Any]]:
     """Param groups for torch that hold every trained parameter once."""
-    trained = _trained(net)
+    trained = {
+        f"{name}.{key}": p
+        for layer, name in trained_layers(net).items()
+        for key, p in layer.named_parameters()
+        if p.requires_grad
+    }
     if groups is None:
         return [{"params": list(trained.values())}]
     made = []
