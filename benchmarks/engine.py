@@ -40,9 +40,8 @@ def step_shapes(widths, n, c):
     products back to weights.
     """
     back = [p for a, b in zip(widths, widths[1:]) for p in ((n, n * c, b), (b, n, a))]
-    solves = [(n, n, n)] * (
-        2 * len(widths) - 3
-    )  # two triangular solves with n columns a factor; the last D is tiny
+    # Two triangular solves with n columns a factor; the last D is tiny.
+    solves = [(n, n, n)] * (2 * len(widths) - 3)
     return shapes(widths, n, c) + back + solves
 
 
@@ -125,7 +124,7 @@ def autoencoder(n, repeats):
     )
     x = torch.rand(n, AUTOENCODER[0], generator=torch.Generator().manual_seed(0))
     opt = ngd.optim.NaturalGradient(
-        net, ngd.fisher.KFAC(samples=1, variance=100.0), 1 / 8, ngd.optim.Adaptive(1e-4)
+        net, ngd.fisher.SampledKFAC(variance=100.0), 1 / 8, ngd.optim.Adaptive(1e-4)
     )
 
     def gradient():
@@ -156,26 +155,28 @@ def main():
             ("Gram", gram, shapes, [784, 1024, 1024, 1], 500),
             ("Gram", gram, shapes, [784, 1024, 1024, 10], 200),
         ]
-    worst = 0.0
-    for name, workload, count, widths, n in cases:
-        best, rate, total = measure(
-            workload, count(widths, n, widths[-1]), widths, n, options.repeats
-        )
-        ratio = best * rate / total
-        worst = max(worst, ratio)
-        cost = f"{best:.3f} s for {total / 1e9:.1f} GFLOP"
-        print(
-            f"{name} {'-'.join(map(str, widths))}, N={n}: {cost}; GEMM {rate / 1e9:.0f} GFLOP/s; ratio {ratio:.2f}"
-        )
+    worst = max(ratio(*case, options.repeats) for case in cases)
     gradient, update = autoencoder(1000, options.repeats)
     print(
-        f"Autoencoder, N=1000: gradient {gradient:.3f} s, update {update:.3f} s; ratio {update / gradient:.2f}"
+        f"Autoencoder, N=1000: gradient {gradient:.3f} s, update {update:.3f} s;"
+        f" ratio {update / gradient:.2f}"
     )
     if not options.check:
-        print(
-            f"torch.func.jacrev, 784-1024-1024-1, N=100: {dense([784, 1024, 1024, 1], 100):.2f} s"
-        )
+        jacobian = dense([784, 1024, 1024, 1], 100)
+        print(f"torch.func.jacrev, 784-1024-1024-1, N=100: {jacobian:.2f} s")
     return int(options.check and (worst > LIMIT or update > UPDATE_LIMIT * gradient))
+
+
+def ratio(name, workload, count, widths, n, repeats):
+    """Seconds of a workload over those of its products at the best GEMM rate."""
+    products = count(widths, n, widths[-1])
+    best, rate, total = measure(workload, products, widths, n, repeats)
+    print(
+        f"{name} {'-'.join(map(str, widths))}, N={n}: {best:.3f} s for"
+        f" {total / 1e9:.1f} GFLOP; GEMM {rate / 1e9:.0f} GFLOP/s;"
+        f" ratio {best * rate / total:.2f}"
+    )
+    return best * rate / total
 
 
 if __name__ == "__main__":

@@ -4,18 +4,9 @@
 recursion for infinite width) into factors; a ``fisher`` turns factors into a
 coefficient matrix Q, and signals into a natural gradient."""
 
-from . import (
-    chapter,
-    data,
-    dense,
-    dynamics,
-    fisher,
-    kernels,
-    ledger,
-    models,
-    optim,
-    plotting,
-)
+from importlib import import_module
+
+from . import data, dense, dynamics, fisher, kernels, models, optim
 from .signals import signals
 
 __version__ = "0.1.0"
@@ -32,3 +23,14 @@ __all__ = [
     "chapter",
     "ledger",
 ]
+
+
+def __getattr__(name: str):
+    """Rooms that only chapters enter are imported when their name is first used."""
+    if name in ("plotting", "chapter", "ledger"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

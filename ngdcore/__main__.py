@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from . import chapter, ledger
+from .chapter import SCALES
+from .extras import load
+from .ledger import harvest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser(
         "record", help="execute chapters, keep what they give in data/recorded/"
     )
-    command.add_argument("--scale", choices=chapter.SCALES, default="paper")
+    command.add_argument("--scale", choices=SCALES, default="paper")
     command.add_argument(
         "chapters",
         nargs="*",
@@ -31,48 +33,50 @@ def main(argv: list[str] | None = None) -> None:
     root = Path(__file__).parent.parent
     if not (root / "notebooks").is_dir():
         parser.error(
-            "no notebooks/ beside the package: recording needs a checkout of the book, not an installed wheel"
+            "no notebooks/ beside the package: recording needs a checkout of the book,"
+            " not an installed wheel"
         )
     known = sorted(path.stem for path in (root / "notebooks").glob("*.md"))
-    unknown = set(options.chapters) - set(known)
-    if unknown:
+    if unknown := sorted(set(options.chapters) - set(known)):
         parser.error(
-            f"no such chapter: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+            f"no such chapter: {', '.join(unknown)}; there are {', '.join(known)}"
         )
-    for chapter in options.chapters or known:
-        print(
-            f"{chapter} at scale {options.scale}: {record_chapter(root, chapter, options.scale)}"
-        )
+    for name in options.chapters or known:
+        path = record_chapter(root, name, options.scale)
+        print(f"{name} at scale {options.scale}: {path}")
 
 
-def record_chapter(root: Path, chapter: str, scale: str) -> Path:
+def record_chapter(root: Path, name: str, scale: str) -> Path:
     """Execute one chapter and write its rows and saved values, with provenance; returns
     the file written.
     """
-    import jupytext
-    import nbclient
-
-    notebook = jupytext.read(root / "notebooks" / f"{chapter}.md", fmt="md:myst")
+    jupytext, nbclient = (
+        load(module, "recording a chapter", "book")
+        for module in ("jupytext", "nbclient")
+    )
+    notebook = jupytext.read(root / "notebooks" / f"{name}.md", fmt="md:myst")
     environment = {**os.environ, "NGD_SCALE": scale, "PYTHONPATH": str(root)}
     start = time.perf_counter()
     nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3").execute(
         env=environment
     )
-    rows, saved = ledger.harvest(notebook)
+    rows, saved = harvest(notebook)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "chapter": chapter, "scale": scale, "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows, "saved": saved,
+        "chapter": name,
+        "scale": scale,
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+        "saved": saved,
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seeds": sorted({s for row in rows for s in row["seeds"]}),
-    }  # fmt: skip
-    path = root / "data" / "recorded" / f"{chapter}.json"
+    }
+    path = root / "data" / "recorded" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(
-        ".part"
-    )  # an interrupted write leaves no half a record behind
-    draft.write_text(json.dumps(result, indent=1) + "\n")
+    # An interrupted write leaves no half a record behind.
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     draft.replace(path)
     return path
 

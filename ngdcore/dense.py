@@ -14,7 +14,7 @@ def jacobian(net, x) -> list[torch.Tensor]:
     J = jacrev(lambda p: functional_call(net, p, (x,)).flatten())(trained)
     layers = {}
     for name in trained:
-        layers.setdefault(name.rsplit(".", 1)[0], []).append(
+        layers.setdefault(name.rpartition(".")[0], []).append(
             J[name].reshape(len(J[name]), -1)
         )
     return [torch.cat(parts, 1).detach() for parts in layers.values()]

@@ -1,21 +1,28 @@
-r"""Closed-form trajectories of linearised training: outputs under :math:`f_{t+1} = f_t
-- \eta Q (f_t - y)`.
+r"""Closed-form training of linearised models, :math:`f_{t+1} = f_t - \eta Q (f_t - y)`
+and its flow; the trained ensemble of infinitely wide networks; flows by an ODE solver.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["trajectory", "gd_lr"]
+from .factors import Factors
+
+__all__ = ["trajectory", "predict", "Prediction", "flow", "gd_lr"]
 
 
 def trajectory(
     Q: Tensor,
     f0: Tensor,
     y: Tensor,
-    lr: float,
-    steps: int | Sequence[int],
+    lr: float | None,
+    steps: int | float | Sequence[float],
     Q_test: Tensor | None = None,
     f0_test: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -24,6 +31,8 @@ def trajectory(
     :math:`f_t = y + (I - \eta Q)^t (f_0 - y)`; at test rows
     :math:`f'_t = f'_0 - Q'\,\eta\sum_{s<t} (I - \eta Q)^s\,(f_0 - y)`. One
     eigendecomposition serves all t when Q is symmetric; otherwise the recursion is run.
+    Without a learning rate it is the gradient flow,
+    :math:`f_t = y + e^{-Qt}(f_0 - y)`.
 
     Parameters
     ----------
@@ -32,10 +41,12 @@ def trajectory(
         gradient descent.
     f0, y : Tensor, (N, C)
         Outputs at the start, and targets.
-    lr : float
-        Learning rate :math:`\eta` of the mean loss.
+    lr : float or None
+        Learning rate :math:`\eta` of the mean loss; None for the flow, whose time is
+        learning rate times steps.
     steps : int or sequence of int
-        All of ``0..steps``, or just these t (ascending).
+        All of ``0..steps``, or just these t (ascending); ``math.inf`` is the limit. For
+        the flow: one time or several, any numbers.
     Q_test : Tensor, (N'C, NC), optional
         Coefficient matrix of test rows.
     f0_test : Tensor, (N', C), optional
@@ -49,7 +60,8 @@ def trajectory(
     Raises
     ------
     ValueError
-        For shapes that do not fit, or negative or descending steps.
+        For shapes that do not fit; fractional, negative or descending steps; a limit
+        that does not exist because the learning rate is too large.
 
     Notes
     -----
@@ -57,29 +69,26 @@ def trajectory(
 
     Examples
     --------
-    >>> import torch, ngdcore as ngd
-    >>> y = torch.ones(2, 1, dtype=torch.float64)
-    >>> ngd.dynamics.trajectory(torch.eye(2, dtype=torch.float64), 0 * y, y, lr=0.5, steps=2)[:, 0, 0].tolist()
+    >>> import math, torch, ngdcore as ngd
+    >>> Q, y = torch.eye(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    >>> ngd.dynamics.trajectory(Q, 0 * y, y, lr=0.5, steps=2)[:, 0, 0].tolist()
     [0.0, 0.5, 0.75]
+    >>> ngd.dynamics.trajectory(Q, 0 * y, y, 0.5, [1, math.inf])[:, 0, 0].tolist()
+    [0.5, 1.0]
     """
     if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (y.numel(), y.numel()):
         raise ValueError(
-            f"f0 and y must be (N, C) and Q (NC, NC), not {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
+            "f0 and y must be (N, C) and Q (NC, NC), not"
+            f" {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
         )
-    times = (
-        torch.arange(max(steps, -1) + 1)
-        if isinstance(steps, int)
-        else torch.as_tensor(list(steps))
-    )
-    if len(times) == 0 or times[0] < 0 or (times.diff() < 0).any():
-        raise ValueError(
-            "steps must be a number of steps, or ascending step counts from 0 on"
-        )
-    r0 = (f0 - y).reshape(-1)
+    times, r0 = _times(steps, lr), (f0 - y).reshape(-1)
     if torch.allclose(Q, Q.T, rtol=1e-9, atol=1e-12 * float(Q.abs().max())):
-        residuals, sums = _by_spectrum(Q, r0, lr, times)
+        values, vectors = torch.linalg.eigh((Q + Q.T) / 2)
+        decay, summed = _modes(values, lr, times)
+        modes = vectors.T @ r0
+        residuals, sums = (decay * modes) @ vectors.T, (summed * modes) @ vectors.T
     else:
-        residuals, sums = _by_recursion(Q, r0, lr, times)
+        residuals, sums = _unsymmetric(Q, r0, lr, times)
     outputs = y + residuals.view(-1, *y.shape)
     if Q_test is None:
         return outputs
@@ -87,32 +96,272 @@ def trajectory(
         raise ValueError(
             f"Q_test must be (N'C, NC) = (., {len(r0)}), not {tuple(Q_test.shape)}"
         )
-    start = (
-        torch.zeros(len(Q_test), dtype=Q.dtype, device=Q.device)
-        if f0_test is None
-        else f0_test.reshape(-1)
+    start = Q.new_zeros(len(Q_test)) if f0_test is None else f0_test.reshape(-1)
+    return outputs, (start - sums @ Q_test.T).view(len(times), -1, y.shape[1])
+
+
+def _times(steps, lr) -> list[float]:
+    """The t asked for, checked: whole numbers for a learning rate; infinity allowed."""
+    if lr is not None and isinstance(steps, Integral):
+        return [float(t) for t in range(max(int(steps), -1) + 1)] or _refuse(steps)
+    single = isinstance(steps, Real)
+    times = [float(t) for t in ([steps] if single else steps)]
+    whole = lr is None or all(t == math.inf or t.is_integer() for t in times)
+    ascending = all(a <= b for a, b in zip([0.0, *times], times))  # NaN fails too
+    return times if times and whole and ascending else _refuse(steps)
+
+
+def _refuse(steps):
+    raise ValueError(
+        f"steps={steps} must be a whole number of steps, or ascending whole step counts"
+        " from 0 on, math.inf for the limit; for times in between take the gradient"
+        " flow, lr=None"
     )
-    return outputs, (start - lr * sums @ Q_test.T).view(len(times), -1, y.shape[1])
 
 
-def _by_spectrum(Q, r0, lr, times):
+def _modes(values: Tensor, lr: float | None, times: list[float]):
+    r"""For eigenvalues q of Q the factors :math:`(1 - \eta q)^t` (:math:`e^{-qt}`) and
+    the sums :math:`\eta\sum_{s<t} (1 - \eta q)^s` (:math:`(1 - e^{-qt})/q`); (T, n).
+
+    Modes at rounding level have not moved in any finite time worth the name: at
+    infinity they stay, with sum 0, which makes the pseudo-inverse."""
+    rate = values if lr is None else lr * values
+    zero = rate.abs() < 1e-14
+    null = rate.abs() <= len(rate) * torch.finfo(rate.dtype).eps * rate.abs().max()
+    factor, unit = 1 - rate, 1.0 if lr is None else lr
+    decays, sums = [], []
+    for t in times:
+        if t == math.inf:
+            if not ((rate > 0) & ((rate < 2) | (lr is None)) | null).all():
+                raise ValueError(
+                    f"steps=inf: there is no limit at lr={lr}, Q has eigenvalues from"
+                    f" {float(values[0]):.3g} to {float(values[-1]):.3g}"
+                )
+            decay, summed = null.to(rate), torch.where(null, 0.0, unit / rate)
+        else:
+            if lr is None:
+                decay, done = (-rate * t).exp(), -torch.expm1(-rate * t)
+            else:
+                sign = torch.where((t % 2 == 1) & (factor < 0), -1.0, 1.0)
+                decay = factor.abs() ** t * sign
+                done = 1 - decay
+            summed = unit * torch.where(zero, t, done / torch.where(zero, 1.0, rate))
+        decays.append(decay)
+        sums.append(summed)
+    return torch.stack(decays), torch.stack(sums)
+
+
+def _unsymmetric(Q, r0, lr, times):
+    """Residuals and their sums, (T, NC) each, for any Q: the recursion, or the
+    exponential of the flow, which carries its own sum in one more row."""
+    finite = [t for t in times if t < math.inf]
+    residuals, sums = [], []
+    if lr is None:
+        block = torch.cat([torch.cat([-Q, r0[:, None]], 1), Q.new_zeros(1, len(Q) + 1)])
+        for t in finite:
+            sums.append(torch.linalg.matrix_exp(block * t)[:-1, -1])
+            residuals.append(r0 - Q @ sums[-1])
+    else:
+        residual, total, wanted = r0.clone(), torch.zeros_like(r0), set(finite)
+        found = {}
+        for t in range(int(max(finite, default=-1)) + 1):
+            if t in wanted:
+                found[t] = (residual, total)
+            total = total + lr * residual
+            residual = residual - lr * (Q @ residual)
+        residuals, sums = ([found[t][i] for t in finite] for i in (0, 1))
+    if len(finite) < len(times):
+        values = torch.linalg.eigvals(Q)
+        stable = values.real > 0 if lr is None else (1 - lr * values).abs() < 1
+        if not stable.all():
+            raise ValueError(
+                f"steps=inf: there is no limit at lr={lr}, or Q is singular"
+            )
+        residuals += [torch.zeros_like(r0)] * (len(times) - len(finite))
+        sums += [torch.linalg.solve(Q, r0)] * (len(times) - len(finite))
+    return torch.stack(residuals), torch.stack(sums)
+
+
+class Prediction(NamedTuple):
+    """Mean and variance of trained networks' outputs; with several times both have one
+    more dimension in front."""
+
+    mean: Float[Tensor, "*T N C"]
+    variance: Float[Tensor, "*T N"]
+
+
+def predict(
+    factors: Factors,
+    y: Float[Tensor, "N C"],
+    times: float | Sequence[float] = math.inf,
+    fisher=None,
+    damping: float = 0.0,
+) -> Prediction:
+    r"""Outputs of the ensemble of infinitely wide networks after gradient flow on the
+    targets: a Gaussian process at every time.
+
+    Networks start from the Gaussian process :math:`\mathcal K` (`Factors.nngp`) and
+    move under :math:`\dot f = -Q(f - y)`. With
+    :math:`G_t = Q'\,Q^{+}(I - e^{-Qt})`, at the rows of ``factors``,
+
+    .. math:: \mathrm{mean} = G_t\,y, \qquad \mathrm{cov} = \mathcal K_{x'x'}
+        + G_t\,\mathcal K\,G_t^\top - G_t\,\mathcal K_{xx'} - \mathcal K_{x'x}G_t^\top .
+
+    Q is :math:`K/N` for gradient descent, whose time is learning rate times steps of
+    the mean loss, or a Fisher's coefficient. Outputs are independent and have the same
+    variance; one (N, N) problem serves all.
+
+    Parameters
+    ----------
+    factors : Factors
+        ``fac.cross(x_test)`` of analytic factors ``fac``; or ``fac`` itself, for the
+        training rows.
+    y : Tensor, (N, C)
+        Targets of the training rows.
+    times : float or sequence of float
+        0 is the start, ``math.inf`` (default) the end of training.
+    fisher : Fisher, optional
+        Natural gradient flow with this Fisher; gradient flow by default.
+    damping : float
+        Of the Fisher.
+
+    Returns
+    -------
+    Prediction
+        ``mean`` (N', C) and ``variance`` (N') for one time, (T, N', C) and (T, N') for
+        a sequence.
+
+    Raises
+    ------
+    TypeError
+        For empirical factors: a finite network is not an ensemble; see `trajectory`.
+    ValueError
+        For targets that do not fit, or negative or descending times.
+
+    Notes
+    -----
+    Lee et al. (2019), eqs. 14-16 (there with the sum loss: our time is N of theirs); as
+    ``predict.gradient_descent_mse_ensemble`` of neural-tangents. Bayesian regression
+    with the NTK's prior mean differs: the ensemble's variance is not a posterior's.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> x = ngd.data.gaussian(6, 3, seed=0)
+    >>> fac, y = ngd.kernels.analytic(x, depth=3), torch.ones(6, 1, dtype=torch.float64)
+    >>> mean, variance = ngd.dynamics.predict(fac, y)
+    >>> torch.allclose(mean, y), bool(variance.abs().max() < 1e-9)
+    (True, True)
+    """
+    if not isinstance(factors, Factors) or factors.train.signals is not None:
+        raise TypeError(
+            "factors must be analytic, of infinitely wide networks; for one finite"
+            " network see dynamics.trajectory"
+        )
+    if y.ndim != 2 or len(y) != factors.columns:
+        raise ValueError(
+            f"y must be (N, C) with N = {factors.columns}, not {tuple(y.shape)}"
+        )
+    rows = factors.scalar or factors
+    train, ts = rows.train, _times(times, None)
+    Q, Q_rows = _coefficients(rows, fisher, damping)
     values, vectors = torch.linalg.eigh((Q + Q.T) / 2)
-    modes, t = vectors.T @ r0, times.to(values)[:, None]
-    factor = 1 - lr * values
-    decay = factor.abs() ** t * torch.where((t % 2 == 1) & (factor < 0), -1.0, 1.0)
-    zero = (lr * values).abs() < 1e-14
-    summed = torch.where(zero, t, (1 - decay) / torch.where(zero, 1.0, lr * values))
-    return (decay * modes) @ vectors.T, (summed * modes) @ vectors.T
+    turned, targets = Q_rows @ vectors, vectors.T @ y.to(Q)
+    across = rows.nngp() @ vectors
+    start = vectors.T @ train.nngp() @ vectors
+    prior = rows.variance()
+    means, variances = [], []
+    for summed in _modes(values, None, ts)[1]:
+        G = turned * summed
+        means.append(G @ targets)
+        variances.append(prior + ((G @ start - 2 * across) * G).sum(1))
+    mean, variance = torch.stack(means), torch.stack(variances).clamp_min(0)
+    single = isinstance(times, Real)
+    return Prediction(mean[0], variance[0]) if single else Prediction(mean, variance)
 
 
-def _by_recursion(Q, r0, lr, times):
-    residual, total, wanted = r0.clone(), torch.zeros_like(r0), {}
-    for t in range(int(times[-1]) + 1):
-        wanted[t] = (residual.clone(), total.clone())
-        total += residual
-        residual = residual - lr * (Q @ residual)
-    chosen = [wanted[int(t)] for t in times]
-    return torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen])
+def _coefficients(rows, fisher, damping):
+    """Q (N, N) of the training rows, and of these rows (N', N)."""
+    train = rows.train
+    if fisher is None:
+        pair = train.gram() / train.columns, rows.gram() / train.columns
+    else:
+        pair = (fisher.coefficient(f, damping=damping) for f in (train, rows))
+    return pair
+
+
+def flow(
+    velocity: Callable,
+    start: Tensor | Sequence[Tensor],
+    times: Sequence[float],
+    method: str = "DOP853",
+    rtol: float = 1e-10,
+    atol: float = 1e-10,
+) -> Tensor | list[Tensor]:
+    r"""Integrate :math:`\dot w = \mathrm{velocity}(w)` from ``start`` at time 0.
+
+    Parameters
+    ----------
+    velocity : callable
+        Takes weights shaped like ``start``, a tensor or a list of tensors, and returns
+        their time derivatives alike.
+    start : Tensor or sequence of Tensor
+        Weights at time 0. The solver works in float64 on the CPU; velocity sees the
+        dtype and device of ``start``.
+    times : sequence of float
+        Where the solution is wanted, ascending from 0 on.
+    method, rtol, atol :
+        Of `scipy.integrate.solve_ivp`.
+
+    Returns
+    -------
+    Tensor (T, ...), or a list of them
+        The weights at the times.
+
+    Raises
+    ------
+    ValueError
+        For times that do not ascend from 0 on, or a velocity of another shape.
+    ArithmeticError
+        When the solver stops before the last time, as at a singularity.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> w = ngd.dynamics.flow(lambda w: -w, torch.ones(1, dtype=torch.float64), [0, 1])
+    >>> [round(v, 9) for v in w.flatten().tolist()]
+    [1.0, 0.367879441]
+    """
+    from scipy.integrate import solve_ivp
+
+    single = isinstance(start, Tensor)
+    parts = [start] if single else list(start)
+    ts = np.asarray([float(t) for t in times])
+    if len(ts) == 0 or ts[0] < 0 or not (np.diff(ts) >= 0).all() or ts[-1] == math.inf:
+        raise ValueError(f"times={times} must be finite and ascend from 0 on")
+    sizes = [p.numel() for p in parts]
+
+    def unpack(theta):
+        pieces = torch.from_numpy(np.array(theta)).split(sizes)
+        return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
+
+    def pack(weights):
+        flat = [w.detach().reshape(-1).double().cpu() for w in weights]
+        return torch.cat(flat).numpy()
+
+    def slope(_, theta):
+        weights = unpack(theta)
+        change = [velocity(weights[0])] if single else list(velocity(weights))
+        if [c.shape for c in change] != [p.shape for p in parts]:
+            raise ValueError("velocity must return tensors shaped like its weights")
+        return pack(change)
+
+    done = solve_ivp(slope, (0, ts[-1]), pack(parts), method, ts, rtol=rtol, atol=atol)
+    if not done.success:
+        raise ArithmeticError(f"the flow stopped before t={ts[-1]:g}: {done.message}")
+    paths = [unpack(theta) for theta in done.y.T]
+    made = [torch.stack(path) for path in zip(*paths)]
+    return made[0] if single else made
 
 
 def gd_lr(gram: Tensor, n: int) -> float:

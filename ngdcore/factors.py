@@ -7,19 +7,28 @@ From a network's signals, inputs :math:`H_l` (N x M_in) and output-gradients :ma
 :math:`K_l = (A_l \otimes 1_C 1_C^\top) \circ B_l`, and
 :math:`J J^\top = K = \sum_l K_l`."""
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .signals import Signals
 
-__all__ = ["Factors", "empirical"]
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
-TILE = 256  # rows of NC a tile: small enough for the cache, large enough for GEMM at full speed
+__all__ = ["Factors", "empirical", "operator"]
+
+TILE = 256  # rows of NC a tile: small enough for the cache, large enough for GEMM
+
+Write = Callable[[slice, slice, list[Tensor]], None]
 
 
-class Factors:
+class Factors(ABC):
     r"""The factors :math:`A_l, B_l` of every trained layer, tile by tile; made by
     `empirical` or `analytic`.
 
@@ -36,9 +45,14 @@ class Factors:
         Outputs C; Gram matrices are (rows C) x (columns C), sample-major.
     depth : int
         Trained layers.
+    scalar : Factors or None
+        Where every matrix is one of a single output times :math:`I_C`, as for
+        infinitely wide networks with C > 1, the factors of that output: solve with
+        them, and expand the result.
     """
 
     signals: Signals | None = None
+    scalar: "Factors | None" = None
 
     def __init__(
         self,
@@ -51,87 +65,247 @@ class Factors:
     ):
         self.rows, self.columns, self.c, self.depth = rows, columns, c, depth
         self.dtype, self.device = like.dtype, like.device
-        self._train = train  # None for square factors: a reference to itself would keep the network alive until a sweep
+        self._train = train  # None where square: no reference to itself
 
     @property
     def train(self) -> "Factors":
         return self if self._train is None else self._train
 
-    def _tiles(
-        self, rows: slice, columns: slice, layers: range
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        raise NotImplementedError
-
-    def gram(self) -> Tensor:
+    def gram(self) -> Float[Tensor, "RC NC"]:
         r"""The Gram matrix :math:`K = J J^\top = \sum_l K_l` (no 1/N), shape (rows C,
         columns C).
 
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
+        >>> net = ngd.models.MLP([3, 4, 2], seed=0)
+        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
         >>> ngd.kernels.empirical(sig).gram().shape
         torch.Size([6, 6])
         """
-        return self._assemble(range(self.depth), lambda out, A, B: out.addcmul_(B, A))
+        return self._assemble(self._gram_tile)[0]
 
-    def layer(self, l: int) -> Tensor:
+    def layer(self, l: int) -> Float[Tensor, "RC NC"]:
         r"""The Gram matrix of trained layer ``l`` alone, :math:`K_l = (A_l \otimes
-        11^\top) \circ B_l`; l from 0.
+        11^\top) \circ B_l`; l from 0. For several layers, see `layers`.
         """
-        return self._assemble(self._one(l), lambda out, A, B: out.addcmul_(B, A))
+        return self.layers([l])[0]
 
-    def A(self, l: int) -> Tensor:
+    def layers(self, only: Sequence[int] | None = None) -> list[Tensor]:
+        r"""The Gram matrices :math:`K_l` of all trained layers, or of ``only`` these,
+        in one sweep: about the time of one Gram.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=5)
+        >>> torch.allclose(sum(fac.layers()), fac.gram())
+        True
+        """
+        chosen = self._chosen(only)
+        return self._assemble(
+            lambda r, s, out: self._layer_tiles(r, s, chosen, out), len(chosen)
+        )
+
+    def sides(self) -> tuple[list[Tensor], list[Tensor]]:
+        r"""The factors :math:`A_l` and :math:`B_l` of all trained layers, in one
+        sweep."""
+        every = range(self.depth)
+        return self._all_A(every), self._all_B(every)
+
+    def A(self, l: int) -> Float[Tensor, "R N"]:
         r"""The forward factor :math:`A_l = H_l H_l^\top`, shape (rows, columns)."""
-        return self._assemble(self._one(l), lambda out, A, B: out.copy_(A), c=1)
+        return self._all_A(self._chosen([l]))[0]
 
-    def B(self, l: int) -> Tensor:
-        r"""The backward factor :math:`B_l = D_l D_l^\top`, shape (rows C, columns C)."""
-        return self._assemble(self._one(l), lambda out, A, B: out.copy_(B))
+    def B(self, l: int) -> Float[Tensor, "RC NC"]:
+        r"""The backward factor :math:`B_l = D_l D_l^\top`, (rows C, columns C)."""
+        return self._all_B(self._chosen([l]))[0]
 
+    def nngp(self) -> Float[Tensor, "R N"]:
+        r"""The covariance :math:`\Sigma_L` of an infinitely wide network's outputs at
+        the start, the same for each output: its Gaussian process (NNGP), (rows,
+        columns).
+
+        Raises
+        ------
+        TypeError
+            For a finite network, whose outputs are what they are.
+
+        Notes
+        -----
+        Lee et al. (2018). It is the last layer's factor ``A(-1)``.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> K = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), 2).nngp()
+        >>> K.shape, round(float(K[0, 0]), 9)
+        (torch.Size([2, 2]), 1.0)
+        """
+        if self.signals is not None:
+            raise TypeError(
+                "nngp() is of the ensemble of infinitely wide networks: call it on"
+                " kernels.analytic(x, depth, ...), not on empirical factors"
+            )
+        return self.A(-1)
+
+    def variance(self) -> Float[Tensor, " R"]:
+        """The variance of an infinitely wide network's outputs at the rows, at the
+        start: for square factors the diagonal of `nngp`."""
+        raise TypeError("variance() is of infinitely wide networks, as nngp() is")
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, " NC"]:
+        """The Gram matrix's diagonal, without the Gram; square factors only.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), depth=2)
+        >>> torch.allclose(fac.diagonal(), fac.gram().diagonal()), round(fac.trace(), 9)
+        (True, 4.0)
+        """
+
+    def trace(self) -> float:
+        """The Gram matrix's trace, without the Gram; square factors only."""
+        return float(self.diagonal().sum())
+
+    def blocks(
+        self, rows: int = 1024, upper: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The Gram matrix, at most ``rows`` samples at a time.
+
+        Parameters
+        ----------
+        rows : int
+            Samples a block.
+        upper : bool
+            Of square factors only what lies on and right of the block's diagonal: half
+            of the work. The block is then ``K[part, part.start:]``.
+
+        Yields
+        ------
+        slice, Tensor
+            The rows of the Gram, and ``K[part]``, (rows C, columns C).
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac, K = ngd.kernels.analytic(ngd.data.gaussian(5, 3), depth=3), {}
+        >>> for part, block in fac.blocks(rows=3):
+        ...     K[part.start, part.stop] = block.shape
+        >>> K
+        {(0, 3): torch.Size([3, 5]), (3, 5): torch.Size([2, 5])}
+        """
+        if not isinstance(rows, Integral) or rows < 1:
+            raise ValueError(f"rows={rows} must be a whole number of 1 or more")
+        if upper:
+            self._must_be_square("blocks(upper=True)")
+        for start in range(0, self.rows, int(rows)):
+            part = slice(start, min(start + int(rows), self.rows))
+            columns = slice(start if upper else 0, self.columns)
+            block = self._assemble(self._gram_tile, rows=part, columns=columns)[0]
+            yield _span(part, self.c), block
+
+    @abstractmethod
     def cross(self, x: "Tensor | Signals") -> "Factors":
         """Factors with rows at other inputs ``x`` (or their signals) and columns at
         these.
+
+        Raises
+        ------
+        ValueError
+            For signals of another network, or stale ones.
         """
-        raise NotImplementedError
 
-    def _one(self, l: int) -> range:
-        if not -self.depth <= l < self.depth:
-            raise ValueError(
-                f"layer {l} does not exist; these factors have {self.depth} trained layers, counted from 0"
-            )
-        return range(l % self.depth, l % self.depth + 1)
+    @abstractmethod
+    def _gram_tile(self, rows: slice, columns: slice, out: list[Tensor]) -> None:
+        """Write K of these samples to out[0], a view (n, C, m, C) of the Gram."""
 
-    def _assemble(self, layers: range, write: Callable, c: int | None = None) -> Tensor:
-        square, c, step = self.train is self, c or self.c, max(1, TILE // self.c)
-        out = torch.zeros(
-            self.rows * c, self.columns * c, dtype=self.dtype, device=self.device
-        )
-        grid = out.view(self.rows, c, self.columns, c)
-        for i in range(0, self.rows, step):
-            for j in range(i if square else 0, self.columns, step):
-                r, s = (
-                    slice(i, min(i + step, self.rows)),
-                    slice(j, min(j + step, self.columns)),
+    @abstractmethod
+    def _layer_tiles(self, rows, columns, layers, out: list[Tensor]) -> None:
+        """Write K_l of these samples to out, a view (n, C, m, C) for each of layers."""
+
+    @abstractmethod
+    def _all_A(self, layers: Sequence[int]) -> list[Tensor]:
+        """A_l of these layers, (rows, columns) each."""
+
+    @abstractmethod
+    def _all_B(self, layers: Sequence[int]) -> list[Tensor]:
+        """B_l of these layers, (rows C, columns C) each."""
+
+    def _times(self, V: Tensor, transposed: bool = False) -> Tensor:
+        """K V, or K^T V, for V of as many rows as K has columns (or rows), by
+        blocks."""
+        if not transposed:
+            return torch.cat([block @ V for _, block in self.blocks()])
+        return sum(block.T @ V[part] for part, block in self.blocks())
+
+    def _chosen(self, layers: Sequence[int] | None) -> list[int]:
+        for l in layers or []:
+            if not isinstance(l, Integral) or not -self.depth <= l < self.depth:
+                raise ValueError(
+                    f"layer {l} does not exist; these factors have {self.depth} trained"
+                    " layers, counted from 0"
                 )
-                for A, B in self._tiles(r, s, layers):
-                    write(
-                        grid[r, :, s, :],
-                        A[:, None, :, None],
-                        B.view(len(A), self.c, A.shape[1], self.c),
-                    )
-                if square:  # exactly symmetric: what lies below the diagonal is a copy
-                    tile = out[_span(r, c), _span(s, c)]
-                    if i == j:
-                        tile.copy_(tile.triu() + tile.triu(1).T)
-                    else:
-                        out[_span(s, c), _span(r, c)] = tile.T
-        return out
+        every = range(self.depth) if layers is None else layers
+        return [l % self.depth for l in every]
+
+    def _must_be_square(self, what: str) -> None:
+        if self.train is not self:
+            raise ValueError(
+                f"{what} needs square factors (training rows); these have other rows"
+                " than columns"
+            )
+
+    def _assemble(
+        self,
+        write: Write,
+        count: int = 1,
+        c: int | None = None,
+        rows: slice | None = None,
+        columns: slice | None = None,
+    ) -> list[Tensor]:
+        """``count`` matrices of c outputs a sample, filled tile by tile by `write`; all
+        of them, or a rectangle of samples."""
+        mirror, c = self.train is self and rows is None, c or self.c
+        rows = rows or slice(0, self.rows)
+        columns = columns or slice(0, self.columns)
+        n, m, step = _length(rows), _length(columns), max(1, TILE // self.c)
+        like = dict(dtype=self.dtype, device=self.device)
+        made = [torch.empty(n * c, m * c, **like) for _ in range(count)]
+        grids = [out.view(n, c, m, c) for out in made]
+        for i in range(0, n, step):
+            for j in range(i if mirror else 0, m, step):
+                r, s = slice(i, min(i + step, n)), slice(j, min(j + step, m))
+                places = [grid[r, :, s, :] for grid in grids]
+                write(_shift(r, rows.start), _shift(s, columns.start), places)
+                if mirror:
+                    for out in made:
+                        _mirror(out, _span(r, c), _span(s, c))
+        return made
+
+
+def _mirror(out: Tensor, r: slice, s: slice) -> None:
+    """Exactly symmetric: what lies below the diagonal is a copy."""
+    tile = out[r, s]
+    if r == s:
+        tile.copy_(tile.triu() + tile.triu(1).T)
+    else:
+        out[s, r] = tile.T
 
 
 def _span(samples: slice, c: int) -> slice:
     """The rows of NC that belong to these samples."""
     return slice(samples.start * c, samples.stop * c)
+
+
+def _shift(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
 
 
 class _Empirical(Factors):
@@ -144,26 +318,66 @@ class _Empirical(Factors):
             sig.n, (columns or sig).n, sig.c, len(sig.H), sig.outputs, train
         )
         self.signals, self._columns = sig, columns or sig
-        self._space = torch.empty(
-            2 * (max(TILE, sig.c)) ** 2, dtype=self.dtype, device=self.device
-        )
 
-    def _tiles(self, rows, columns, layers):
-        n, m, c = rows.stop - rows.start, columns.stop - columns.start, self.c
-        half = len(self._space) // 2
-        A, B = (
-            self._space[: n * m].view(n, m),
-            self._space[half : half + n * m * c * c].view(n * c, m * c),
-        )
-        left, right = self.signals, self._columns
-        for l in layers:
-            torch.mm(left.H[l][rows], right.H[l][columns].T, out=A)
-            torch.mm(left.D[l][_span(rows, c)], right.D[l][_span(columns, c)].T, out=B)
-            yield A, B
+    def __repr__(self) -> str:
+        size = f"{self.rows} x {self.columns} samples, C={self.c}"
+        return f"<empirical factors: {size}, {self.depth} layers, {self.dtype}>"
 
     def cross(self, x):
-        sig = x if isinstance(x, Signals) else self.signals.at(x)
-        return _Empirical(sig, self.signals, self)
+        if not isinstance(x, Signals):
+            return _Empirical(self.signals.at(x), self.signals, self)
+        self.signals.matches(x)
+        return _Empirical(x, self.signals, self)
+
+    def diagonal(self):
+        self._must_be_square("diagonal()")
+        total, sig = 0.0, self.signals
+        for H, D in zip(sig.H, sig.D):
+            size = D.square().sum(1).view(self.rows, self.c)
+            total = total + size * H.square().sum(1, keepdim=True)
+        return total.flatten()
+
+    def _gram_tile(self, rows, columns, out):
+        (K,) = out
+        K.zero_()
+        for l in range(self.depth):
+            A, B = self._tile_A(l, rows, columns), self._tile_B(l, rows, columns)
+            K.addcmul_(B, A[:, None, :, None])
+
+    def _layer_tiles(self, rows, columns, layers, out):
+        for l, K in zip(layers, out):
+            A, B = self._tile_A(l, rows, columns), self._tile_B(l, rows, columns)
+            torch.mul(B, A[:, None, :, None], out=K)
+
+    def _all_A(self, layers):
+        def write(r, s, out):
+            for l, place in zip(layers, out):
+                place[:, 0, :, 0] = self._tile_A(l, r, s)
+
+        return self._assemble(write, len(layers), c=1)
+
+    def _all_B(self, layers):
+        def write(r, s, out):
+            for l, place in zip(layers, out):
+                place.copy_(self._tile_B(l, r, s))
+
+        return self._assemble(write, len(layers))
+
+    def _tile_A(self, l, rows, columns):
+        """H H^T of these samples, (n, m)."""
+        return self.signals.H[l][rows] @ self._columns.H[l][columns].T
+
+    def _tile_B(self, l, rows, columns):
+        """D D^T of these samples, (n, C, m, C)."""
+        left, right = self.signals.D[l], self._columns.D[l]
+        B = left[_span(rows, self.c)] @ right[_span(columns, self.c)].T
+        return B.view(_length(rows), self.c, _length(columns), self.c)
+
+    def _times(self, V, transposed=False):
+        rows, columns = self.signals, self._columns
+        to, fro = (columns, rows) if transposed else (rows, columns)
+        done = [to.jvp(fro.vjp(v)).flatten() for v in V.T]
+        return torch.stack(done, 1)
 
 
 def empirical(sig: Signals) -> Factors:
@@ -188,7 +402,8 @@ def empirical(sig: Signals) -> Factors:
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.TwoLayerReLU(3, 8, seed=0), torch.eye(3, dtype=torch.float64))
+    >>> net = ngd.models.TwoLayerReLU(3, 8, seed=0)
+    >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
     >>> ngd.kernels.empirical(sig).gram().diagonal().min() > 0
     tensor(True)
     """
@@ -199,17 +414,61 @@ def empirical(sig: Signals) -> Factors:
     return _Empirical(sig)
 
 
+def operator(kernel: "Factors | Signals") -> "LinearOperator":
+    r"""The Gram matrix as a `scipy.sparse.linalg.LinearOperator`, never formed: for
+    ``eigsh``, ``minres``, ``svds`` and whatever else asks for products only.
+
+    A finite network's product is :math:`v \mapsto J'(J^\top v)`, one pull and one push;
+    an infinite one's goes through `Factors.blocks`. Vectors are NumPy arrays.
+
+    Parameters
+    ----------
+    kernel : Factors or Signals
+        Square, or ``fac.cross(x)``.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> from scipy.sparse.linalg import eigsh
+    >>> fac = ngd.kernels.analytic(torch.eye(4, dtype=torch.float64), depth=2)
+    >>> top = eigsh(ngd.kernels.operator(fac), k=1)[0][0]
+    >>> bool(abs(top - torch.linalg.eigvalsh(fac.gram())[-1]) < 1e-9)
+    True
+    """
+    from scipy.sparse.linalg import LinearOperator
+
+    factors = empirical(kernel) if isinstance(kernel, Signals) else kernel
+    if not isinstance(factors, Factors):
+        raise TypeError(
+            f"kernel must be factors or signals, not {type(kernel).__name__}"
+        )
+
+    def product(transposed):
+        def apply(V):
+            columns = torch.as_tensor(V, dtype=factors.dtype, device=factors.device)
+            done = factors._times(columns.reshape(len(V), -1), transposed)
+            return done.cpu().numpy().reshape(-1, *V.shape[1:])
+
+        return apply
+
+    dtype = torch.empty(0, dtype=factors.dtype).numpy().dtype
+    forward, back = product(False), product(True)
+    shape = (factors.rows * factors.c, factors.columns * factors.c)
+    return LinearOperator(shape, forward, back, forward, dtype, back)
+
+
 def culprits(factors: Factors) -> str:
-    """Duplicate or antipodal inputs, if there are any: the usual reason of a singular
-    Gram.
+    """Duplicate, antipodal or zero inputs, if there are any: the usual reason of a
+    singular Gram.
     """
     if factors.train is not factors:
         return ""
-    A = (
-        factors.signals.H[0] @ factors.signals.H[0].T
-        if factors.signals
-        else factors.A(0)
-    )  # tiles would sweep D
+    A = factors.A(0)
     scale = A.diagonal().clamp_min(torch.finfo(A.dtype).tiny).rsqrt()
     cosine = (A * scale[:, None] * scale).triu(1)
     found = []
@@ -220,6 +479,12 @@ def culprits(factors: Factors) -> str:
         pairs = hit.nonzero()
         if len(pairs):
             found.append(
-                f"{len(pairs)} pair(s) of {kind} inputs, the first in rows {pairs[0].tolist()}"
+                f"{len(pairs)} pair(s) of {kind} inputs, the first in rows"
+                f" {pairs[0].tolist()}"
             )
+    zeros = (A.diagonal() == 0).nonzero()
+    if len(zeros):
+        found.append(
+            f"{len(zeros)} input(s) of zeros, the first in row {int(zeros[0])}"
+        )
     return "; there are " + " and ".join(found) if found else ""

@@ -2,7 +2,7 @@
 and `infinite` as one name.
 """
 
-from .factors import Factors, empirical
-from .infinite import analytic, arc_cosine_gram
+from .factors import Factors, empirical, operator
+from .infinite import Dual, analytic, arc_cosine_gram
 
-__all__ = ["Factors", "empirical", "analytic", "arc_cosine_gram"]
+__all__ = ["Dual", "Factors", "analytic", "arc_cosine_gram", "empirical", "operator"]

@@ -13,20 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
+from .arrays import numbers
 from .chapter import Settings, scale
+from .extras import load
 
 __all__ = ["record", "verdict", "registry", "harvest", "save", "recorded", "glue"]
 
-VERDICTS = (
-    "open",
-    "not reproduced",
-    "corrected",
-    "derived",
-    "noted",
-    "reproduced",
-)  # worst first
+# The worst first.
+VERDICTS = ("open", "not reproduced", "corrected", "derived", "noted", "reproduced")
+# The kinds of claim whose steps can be asserted.
+STEPS = ("definition", "condition", "lemma", "remark")
 
 
 class _Row(dict):
@@ -47,13 +44,11 @@ def registry() -> dict[str, dict]:
     >>> registry()["Z-T1"]["at"]
     'Theorem 1'
     """
-    packaged = resources.files("ngdcore") / "claims.yml"
-    path = (
-        packaged
-        if packaged.is_file()
-        else Path(__file__).parent.parent / "book" / "claims.yml"
-    )
-    papers = yaml.safe_load(path.read_text())
+    path = resources.files("ngdcore") / "claims.yml"
+    if not path.is_file():
+        path = Path(__file__).parent.parent / "book" / "claims.yml"
+    yaml = load("yaml", "the registry of claims")
+    papers = yaml.safe_load(path.read_text(encoding="utf8"))
     empty = {"at": "", "grade": None}
     return {
         claim["id"]: {**empty, "paper": paper, **claim}
@@ -120,33 +115,79 @@ def record(
     >>> row["holds"], row["slack"]
     (True, 1.0)
     """
+    name, part = _place(claim)
+    m, p = numbers(measured), numbers(predicted)
+    row = {
+        "id": name,
+        "part": part,
+        **_judged(m, p, rel, float(rtol), float(atol)),
+        **_in_print(m, printed, printed_rel or rel, rtol, atol),
+        "derived": bool(derived),
+        "note": note,
+        **_circumstances(measured, m),
+    }
+    metadata = {"ngd": json.loads(json.dumps(row, default=str))}
+    _display(_row_text(row), _row_html(row), metadata)
+    return _Row(row)
+
+
+def _place(claim: str) -> tuple[str, str | None]:
+    """ID and part of ``ID/part``; an ID that the registry does not have is refused."""
     name, _, part = claim.partition("/")
     if name not in registry():
         close = difflib.get_close_matches(name, registry(), n=3)
         raise KeyError(
             f"{name!r} is not in the registry of claims; did you mean {close}?"
         )
-    m, p = _numbers(measured), _numbers(predicted)
-    q = None if printed is None else _numbers(printed)
-    like = measured if isinstance(measured, torch.Tensor) else None
-    used = _notebook_settings()
-    row = {
-        "id": name, "part": part or None, "measured": _plain(m), "predicted": _plain(p),
-        "printed": None if q is None else _plain(q), "rel": rel, "printed_rel": printed_rel or rel,
-        "rtol": float(rtol), "atol": float(atol),
+    return name, part or None
+
+
+def _judged(m: np.ndarray, p: np.ndarray, rel: str, rtol: float, atol: float) -> dict:
+    """What a row says of measured and predicted: both, how they are compared, whether
+    that holds, and how much room a bound leaves.
+    """
+    return {
+        "measured": _plain(m),
+        "predicted": _plain(p),
+        "rel": rel,
+        "rtol": rtol,
+        "atol": atol,
         "holds": _holds(m, p, rel, rtol, atol),
-        "printed_holds": None if q is None else _holds(m, q, printed_rel or rel, rtol, atol),
-        "derived": bool(derived), "slack": _slack(m, p, rel), "note": note,
-        "settings": used, "scale": scale(), "seeds": used.get("seeds", [used["seed"]] if "seed" in used else []),
-        "dtype": str(like.dtype if like is not None else m.dtype).removeprefix("torch."),
-        "device": str(like.device if like is not None else "cpu"),
-    }  # fmt: skip
-    _display(
-        _row_text(row),
-        _row_html(row),
-        {"ngd": json.loads(json.dumps(row, default=str))},
-    )
-    return _Row(row)
+        "slack": _slack(m, p, rel),
+    }
+
+
+def _in_print(m: np.ndarray, printed, rel: str, rtol: float, atol: float) -> dict:
+    """What a row says of the printed value: itself, its relation, whether it holds."""
+    shown = {"printed": None, "printed_rel": rel, "printed_holds": None}
+    if printed is None:
+        return shown
+    q = numbers(printed)
+    return shown | {
+        "printed": _plain(q),
+        "printed_holds": _holds(m, q, rel, rtol, atol),
+    }
+
+
+def _circumstances(measured, m: np.ndarray) -> dict:
+    """How a row was measured: the notebook's settings, scale, seeds, dtype, device."""
+    used, tensor = _notebook_settings(), _first_tensor(measured)
+    one_seed = [used["seed"]] if "seed" in used else []
+    return {
+        "settings": used,
+        "scale": scale(),
+        "seeds": used.get("seeds", one_seed),
+        "dtype": str((m if tensor is None else tensor).dtype).removeprefix("torch."),
+        "device": "cpu" if tensor is None else str(tensor.device),
+    }
+
+
+def _first_tensor(value) -> torch.Tensor | None:
+    """The first tensor of a measurement, in lists of any depth."""
+    if isinstance(value, (list, tuple)):
+        found = (_first_tensor(entry) for entry in value)
+        return next((entry for entry in found if entry is not None), None)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def verdict(claim: dict, rows: list[dict]) -> str:
@@ -171,12 +212,7 @@ def verdict(claim: dict, rows: list[dict]) -> str:
             return "corrected"
         if claim.get("grade") == "C":
             return "noted"
-        if row["derived"] and claim["kind"] in (
-            "definition",
-            "condition",
-            "lemma",
-            "remark",
-        ):
+        if row["derived"] and claim["kind"] in STEPS:
             return "derived"
         return "reproduced"
 
@@ -189,7 +225,8 @@ def harvest(notebook: dict) -> tuple[list[dict], dict]:
 
     Examples
     --------
-    >>> harvest({"cells": [{"outputs": [{"metadata": {"ngd_saved": {"loss": [1.0]}}}]}]})
+    >>> output = {"metadata": {"ngd_saved": {"loss": [1.0]}}}
+    >>> harvest({"cells": [{"outputs": [output]}]})
     ([], {'loss': [1.0]})
     """
     rows, saved = [], {}
@@ -209,7 +246,7 @@ def save(**values) -> None:
     --------
     >>> save(loss=[1.0, 0.5])
     """
-    kept = {name: _numbers(value).tolist() for name, value in values.items()}
+    kept = {name: numbers(value).tolist() for name, value in values.items()}
     _display(f"saved: {', '.join(kept)}", None, {"ngd_saved": kept})
 
 
@@ -226,7 +263,7 @@ def recorded(chapter: str) -> dict | None:
     checkout = Path(__file__).parent.parent / "data" / "recorded" / f"{chapter}.json"
     for path in (checkout, packaged):
         if path.is_file():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf8"))
     return None
 
 
@@ -245,23 +282,15 @@ def glue(name: str, value) -> None:
     )
 
 
-def _numbers(value) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    elif isinstance(value, (list, tuple)):
-        value = [
-            v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v
-            for v in value
-        ]
-    return np.asarray(value, dtype=float)
-
-
 def _plain(a: np.ndarray):
     """As JSON has it: nested lists, what is not finite by name."""
     return json.loads(json.dumps(a.tolist()), parse_constant=str)
 
 
-def _holds(m, p, rel, rtol, atol) -> bool:
+def _holds(m: np.ndarray, p: np.ndarray, rel: str, rtol: float, atol: float) -> bool:
+    """Whether every entry of m stands in the relation to that of p, within atol +
+    rtol |p|.
+    """
     if rel not in ("==", "<=", ">="):
         raise ValueError(f"rel={rel!r} is unknown; use '==', '<=' or '>='")
     m, p = np.broadcast_arrays(m, p)
@@ -272,7 +301,7 @@ def _holds(m, p, rel, rtol, atol) -> bool:
     return bool((excess <= slack).all())
 
 
-def _slack(m, p, rel):
+def _slack(m: np.ndarray, p: np.ndarray, rel: str) -> float | None:
     """How far a bound is from being met with equality, at its tightest entry, as a
     ratio.
     """
@@ -298,6 +327,7 @@ def _notebook_settings() -> dict:
 
 
 def _shell():
+    """The IPython shell that runs this, or None."""
     try:
         from IPython import get_ipython
     except ImportError:
@@ -323,42 +353,44 @@ def _brief(value) -> str:
     return f"{a.min():.3g} to {a.max():.3g} ({a.size} values)"
 
 
-def _row_cells(row):
+def _row_cells(row: dict) -> tuple[list[str], str]:
+    """What is shown of a row: name, measured, relation, predicted, tolerance and, where
+    there is one, the printed value; and whether it holds.
+    """
     name = row["id"] + (f"/{row['part']}" if row["part"] else "")
-    tolerance = (
-        " + ".join(
-            f"{row[k]:.1g}{unit}"
-            for k, unit in (("rtol", " rel."), ("atol", " abs."))
-            if row[k]
-        )
-        or "exact"
-    )
+    units = (("rtol", " rel."), ("atol", " abs."))
+    tolerance = " + ".join(f"{row[k]:.1g}{unit}" for k, unit in units if row[k])
     cells = [
         name,
         _brief(row["measured"]),
         row["rel"],
         _brief(row["predicted"]),
-        tolerance,
+        tolerance or "exact",
     ]
     if row["printed"] is not None:
+        outcome = "holds" if row["printed_holds"] else "fails"
         cells.append(
-            f"printed: {row['printed_rel']} {_brief(row['printed'])} {'holds' if row['printed_holds'] else 'fails'}"
+            f"printed: {row['printed_rel']} {_brief(row['printed'])} {outcome}"
         )
     return cells, "holds" if row["holds"] else "FAILS"
 
 
-def _row_text(row) -> str:
+def _row_text(row: dict) -> str:
+    """A row as one line of text."""
     (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
+    rest = "".join(f"; {x}" for x in printed)
     return (
-        f"{name}: measured {m} {rel} {p} predicted (tolerance {tolerance}): {outcome}"
-        + "".join(f"; {x}" for x in printed)
+        f"{name}: measured {m} {rel} {p} predicted"
+        f" (tolerance {tolerance}): {outcome}{rest}"
     )
 
 
-def _row_html(row) -> str:
+def _row_html(row: dict) -> str:
+    """A row as one line of HTML."""
     (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
     rest = "".join(f" · {html.escape(x)}" for x in printed)
     return (
-        f'<div class="ngd-row ngd-{outcome.lower()}"><strong>{name}</strong> measured {m} {html.escape(rel)} {p}'
-        f" predicted (tolerance {tolerance}): <em>{outcome}</em>{rest}</div>"
+        f'<div class="ngd-row ngd-{outcome.lower()}"><strong>{name}</strong>'
+        f" measured {m} {html.escape(rel)} {p} predicted"
+        f" (tolerance {tolerance}): <em>{outcome}</em>{rest}</div>"
     )

@@ -1,17 +1,15 @@
-r"""Networks whose layers carry their parameterisation, and the signals that sweep
-through them.
+r"""Networks whose layers carry their parameterisation.
 
 `MLP`, `TwoLayerReLU` and `DeepLinear` are ordinary `torch.nn.Sequential` modules made
-of `Linear` and elementwise activations, which is all that `signals` asks of a network:
-for a batch of N inputs and C outputs it gives every trained layer's inputs :math:`H_l`
-(N x M_in) and the gradients of the outputs at its pre-activations, :math:`D_l` (NC x
-M_out, sample-major). Neither the Jacobian nor anything else of its size is formed."""
+of `Linear` and elementwise activations. `ngdcore.signals` takes these and many other
+modules; nothing else in the package knows them by name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 __all__ = [
@@ -21,9 +19,8 @@ __all__ = [
     "Linear",
     "Erf",
     "ShiftedReLU",
+    "Elementwise",
     "ACTIVATIONS",
-    "Signals",
-    "signals",
 ]
 
 
@@ -65,11 +62,33 @@ class ShiftedReLU(nn.Module):
         return f"shift={self.shift:g}"
 
 
+class Elementwise(nn.Module):
+    r"""A function of one tensor as a module, :math:`\phi(u)`, elementwise.
+
+    Parameters
+    ----------
+    function : callable
+        Such as ``torch.sin``. One that has a name in its module pickles with the net.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> ngd.models.Elementwise(torch.abs)
+    Elementwise(abs)
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.function(u)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "erf": Erf, "identity": nn.Identity}
-ELEMENTWISE = (
-    nn.ReLU, nn.Tanh, nn.Identity, Erf, ShiftedReLU, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.CELU, nn.SELU,
-    nn.LeakyReLU, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Mish, nn.Hardswish,
-)  # fmt: skip
 
 
 class Linear(nn.Linear):
@@ -77,8 +96,9 @@ class Linear(nn.Linear):
 
     ``nn.Linear`` with two constants in front. The NTK parameterisation keeps the
     weights standard normal and puts :math:`s_w = \sigma_w/\sqrt{M_{in}}`,
-    :math:`s_b = \sigma_b`; the standard one has both equal to 1. Weights are left
-    unset: the network that owns the layer draws them from its own generator.
+    :math:`s_b = \sigma_b`; the standard one has both equal to 1. Weights hold NaN until
+    they are drawn: the network that owns the layer does it from its own generator, and
+    who makes a layer by hand fills them (``nn.init``).
 
     Parameters
     ----------
@@ -110,14 +130,19 @@ class Linear(nn.Linear):
         self.weight_scale, self.bias_scale = float(weight_scale), float(bias_scale)
 
     def reset_parameters(self) -> None:
-        """Leave the weights alone: drawing here would consume torch's global generator."""
+        """Fill with NaN: drawing here would consume torch's global generator, and what
+        is never drawn shows.
+        """
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, math.nan)
 
     def forward(self, h: Tensor) -> Tensor:
         u = self.weight_scale * (h @ self.weight.T)
         return u if self.bias is None else u + self.bias_scale * self.bias
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_scale={self.weight_scale:.4g}, bias_scale={self.bias_scale:.4g}"
+        scales = f"{self.weight_scale:.4g}, bias_scale={self.bias_scale:.4g}"
+        return f"{super().extra_repr()}, weight_scale={scales}"
 
 
 class MLP(nn.Sequential):
@@ -140,9 +165,10 @@ class MLP(nn.Sequential):
     widths : sequence of int
         Input size, hidden widths, number of outputs: ``[784, 4096, 4096, 1]`` has three
         weight matrices.
-    activation : {"relu", "tanh", "erf", "identity"} or nn.Module
-        A name, or an elementwise module such as ``ShiftedReLU(0.5)``, used after every
-        hidden layer.
+    activation : {"relu", "tanh", "erf", "identity"}, nn.Module, class or callable
+        Used after every hidden layer: a name, an elementwise module such as
+        ``ShiftedReLU(0.5)`` (the same one everywhere), a class of such (``nn.GELU``),
+        or a function (``torch.sin``).
     weight_var, bias_var : float
         :math:`\sigma_w^2 > 0` and :math:`\sigma_b^2 \ge 0`.
     parameterization : {"ntk", "standard"}
@@ -176,7 +202,7 @@ class MLP(nn.Sequential):
     def __init__(
         self,
         widths: Sequence[int],
-        activation: str | nn.Module = "relu",
+        activation: str | nn.Module | Callable = "relu",
         weight_var: float = 2.0,
         bias_var: float = 0.0,
         parameterization: str = "ntk",
@@ -186,43 +212,31 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
     ):
         widths = _check_widths(widths)
-        if not (isinstance(activation, nn.Module) or activation in ACTIVATIONS):
-            raise ValueError(
-                f"activation={activation!r} is unknown; use one of {sorted(ACTIVATIONS)} or a module"
-            )
+        make = _activation(activation)
         if parameterization not in ("ntk", "standard"):
             raise ValueError(
-                f"parameterization={parameterization!r} is unknown; use 'ntk' or 'standard'"
+                f"parameterization={parameterization!r} is unknown; use 'ntk' or "
+                "'standard'"
             )
         if not (weight_var > 0 and bias_var >= 0):
             raise ValueError(
-                f"weight_var={weight_var} must be positive and bias_var={bias_var} not negative"
+                f"weight_var={weight_var} must be positive and bias_var={bias_var} "
+                "not negative"
             )
         super().__init__()
-        generator = _generator(seed)
+        generator, ntk = _generator(seed), parameterization == "ntk"
         bias = bias_var > 0 if bias is None else bias
-        for l, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
+        for fan_in, fan_out in zip(widths, widths[1:]):
             spread, shift = math.sqrt(weight_var / fan_in), math.sqrt(bias_var)
-            ntk = parameterization == "ntk"
             scales = dict(weight_scale=spread, bias_scale=shift) if ntk else {}
             layer = Linear(
                 fan_in, fan_out, bias=bias, dtype=dtype, device=device, **scales
             )
-            _fill(
-                layer.weight,
-                _normal((fan_out, fan_in), generator).mul_(1.0 if ntk else spread),
-            )
+            spread, shift = (1.0, 1.0) if ntk else (spread, shift)
+            _fill(layer.weight, _normal((fan_out, fan_in), generator).mul_(spread))
             if bias:
-                _fill(
-                    layer.bias, _normal((fan_out,), generator) * (1.0 if ntk else shift)
-                )
-            self.append(layer)
-            if l < len(widths) - 2:
-                self.append(
-                    activation
-                    if isinstance(activation, nn.Module)
-                    else ACTIVATIONS[activation]()
-                )
+                _fill(layer.bias, _normal((fan_out,), generator) * shift)
+            self.extend([layer] if len(self) == 0 else [make(), layer])
 
 
 class TwoLayerReLU(nn.Sequential):
@@ -273,26 +287,16 @@ class TwoLayerReLU(nn.Sequential):
         d, width = _check_widths([d, width])
         if not nu > 0:
             raise ValueError(
-                f"nu={nu} must be positive: it is the standard deviation of the first layer's weights"
+                f"nu={nu} must be positive: it is the standard deviation of the first "
+                "layer's weights"
             )
         generator = _generator(seed)
-        first = Linear(d, width, bias=False, dtype=dtype, device=device)
+        kind = dict(bias=False, dtype=dtype, device=device)
+        first = Linear(d, width, **kind)
         _fill(first.weight, nu * _normal((width, d), generator))
-        last = Linear(
-            width,
-            1,
-            bias=False,
-            weight_scale=1 / math.sqrt(width),
-            dtype=dtype,
-            device=device,
-        )
-        signs = (
-            torch.randint(0, 2, (1, width), generator=generator)
-            .double()
-            .mul_(2)
-            .sub_(1)
-        )
-        _fill(last.weight, signs)
+        last = Linear(width, 1, weight_scale=1 / math.sqrt(width), **kind)
+        coins = torch.randint(0, 2, (1, width), generator=generator)
+        _fill(last.weight, 2.0 * coins - 1.0)
         last.weight.requires_grad_(False)
         super().__init__(first, nn.ReLU(), last)
 
@@ -325,8 +329,10 @@ class DeepLinear(nn.Sequential):
     --------
     >>> import torch, ngdcore as ngd
     >>> net = ngd.models.DeepLinear([3] * 5, seed=0)
-    >>> total = torch.linalg.multi_dot([layer.weight for layer in reversed(net)])
+    >>> total = net.map()
     >>> torch.allclose(total @ total.T, torch.eye(3, dtype=torch.float64))
+    True
+    >>> torch.allclose(net.after(1) @ net[1].weight @ net.before(1), total)
     True
     """
 
@@ -358,12 +364,63 @@ class DeepLinear(nn.Sequential):
             _fill(layer.weight, gain * weight)
             self.append(layer)
 
+    def before(self, i: int) -> Float[Tensor, "n_in n_0"]:
+        r"""What comes before layer i (from 0), :math:`W_{i-1} \cdots W_0`: its shape is
+        (inputs of layer i) x (inputs of the net), the identity for the first layer.
+        Detached, as are `after` and `map`.
+        """
+        return self._product(0, self._index(i))
+
+    def after(self, i: int) -> Float[Tensor, "n_L n_out"]:
+        r"""What comes after layer i, :math:`W_{L-1} \cdots W_{i+1}`: (outputs of the
+        net) x (outputs of layer i), the identity for the last layer.
+        """
+        return self._product(self._index(i) + 1, len(self))
+
+    def map(self) -> Float[Tensor, "n_L n_0"]:
+        r"""The linear map that the net computes, :math:`W_{L-1} \cdots W_0`."""
+        return self._product(0, len(self))
+
+    def _product(self, start: int, stop: int) -> Tensor:
+        """Weights of layers start to stop - 1 multiplied, from the net's input side."""
+        weights = [layer.weight.detach() for layer in self]
+        size = weights[start].shape[1] if start < len(self) else weights[-1].shape[0]
+        total = torch.eye(size, dtype=weights[0].dtype, device=weights[0].device)
+        for W in weights[start:stop]:
+            total = W @ total
+        return total
+
+    def _index(self, i: int) -> int:
+        """The layer's number from 0; raises for one that does not exist."""
+        if not -len(self) <= i < len(self):
+            raise ValueError(
+                f"layer {i} does not exist; this net has {len(self)}, counted from 0"
+            )
+        return i % len(self)
+
+
+def _activation(activation) -> Callable[[], nn.Module]:
+    """What makes an activation module, from a name, a module, a class or a function."""
+    if isinstance(activation, nn.Module):
+        return lambda: activation
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        return activation
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
+    if callable(activation):
+        return lambda: Elementwise(activation)
+    raise ValueError(
+        f"activation={activation!r} is unknown; use one of {sorted(ACTIVATIONS)}, a "
+        "module, a class of one (nn.GELU) or a function (torch.sin)"
+    )
+
 
 def _check_widths(widths) -> list[int]:
     widths = list(widths)
     if len(widths) < 2 or any(not isinstance(w, Integral) or w < 1 for w in widths):
         raise ValueError(
-            f"widths={widths} must hold at least two whole numbers of 1 or more (input, ..., output)"
+            f"widths={widths} must hold at least two whole numbers of 1 or more "
+            "(input, ..., output)"
         )
     return [int(w) for w in widths]
 

@@ -5,9 +5,13 @@ spread as bands.
 import html
 import os
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
+
+from .arrays import numbers
+from .extras import load
+
+plt = load("matplotlib.pyplot", "ngdcore.plotting")
+sns = load("seaborn", "ngdcore.plotting")
 
 __all__ = [
     "COLORS",
@@ -27,11 +31,8 @@ COLORS = {
     "block-diagonal": _base[2],
     "block-tridiagonal": _base[4],
     "k-fac": _base[1],
-    "unit-wise": (
-        0.62,
-        0.5,
-        0.0,
-    ),  # the palette's yellow, darker: it must show on white
+    # The palette's yellow, darker: it must show on white.
+    "unit-wise": (0.62, 0.5, 0.0),
     "adam": _base[9],
     "theory": (0.15, 0.15, 0.15),
     "target": _base[3],
@@ -47,11 +48,21 @@ def style() -> None:
     >>> style()
     """
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update({
-        "figure.figsize": (7.0, 3.6), "figure.dpi": 110, "savefig.dpi": 150, "figure.constrained_layout.use": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-        "legend.frameon": False, "lines.linewidth": 1.8, "font.size": 11,
-    })  # fmt: skip
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.0, 3.6),
+            "figure.dpi": 110,
+            "savefig.dpi": 150,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "font.size": 11,
+        }
+    )
 
 
 def theory(ax, x, y, key: str = "theory", label: str | None = None, **kwargs):
@@ -62,7 +73,7 @@ def theory(ax, x, y, key: str = "theory", label: str | None = None, **kwargs):
     >>> line = theory(plt.figure().gca(), [0, 1, 2], [1.0, 0.5, 0.25], "ngd")
     """
     return ax.plot(
-        _array(x), _array(y), "-", color=COLORS[key], label=label, zorder=1, **kwargs
+        numbers(x), numbers(y), "-", color=COLORS[key], label=label, zorder=1, **kwargs
     )
 
 
@@ -74,8 +85,8 @@ def runs(ax, x, y, key: str, label: str | None = None, **kwargs):
     >>> dots = runs(plt.figure().gca(), [0, 1, 2], [1.0, 0.6, 0.3], "ngd")
     """
     return ax.plot(
-        _array(x),
-        _array(y),
+        numbers(x),
+        numbers(y),
         "o",
         color=COLORS[key],
         label=label,
@@ -94,7 +105,7 @@ def band(ax, x, ys, key: str, label: str | None = None):
     --------
     >>> dots = band(plt.figure().gca(), [0, 1], [[1.0, 0.6], [1.1, 0.5]], "gd")
     """
-    x, ys = _array(x), _array(ys)
+    x, ys = numbers(x), numbers(ys)
     ax.fill_between(x, ys.min(0), ys.max(0), color=COLORS[key], alpha=0.2, lw=0)
     return ax.plot(
         x,
@@ -116,12 +127,20 @@ def heatmap(ax, matrix, label: str, **kwargs):
     --------
     >>> heatmap(plt.figure().gca(), [[1.0, -0.2], [-0.2, 1.0]], "Q")
     """
-    matrix = _array(matrix)
+    matrix = numbers(matrix)
     top = np.abs(matrix).max()
     sns.heatmap(
-        matrix, ax=ax, cmap="vlag", vmin=-top, vmax=top, square=True, xticklabels=False, yticklabels=False,
-        cbar_kws={"label": label, "shrink": 0.8}, **kwargs,
-    )  # fmt: skip
+        matrix,
+        ax=ax,
+        cmap="vlag",
+        vmin=-top,
+        vmax=top,
+        square=True,
+        xticklabels=False,
+        yticklabels=False,
+        cbar_kws={"label": label, "shrink": 0.8},
+        **kwargs,
+    )
 
 
 def css_color(key: str, alpha: float = 1.0) -> str:
@@ -151,16 +170,23 @@ def interactive(figure, alt: str):
     Examples
     --------
     >>> import plotly.graph_objects as go
-    >>> shown = interactive(go.Figure(go.Scatter(y=[1, 2])), "A line: value (vertical axis) against step.")
+    >>> figure = go.Figure(go.Scatter(y=[1, 2]))
+    >>> shown = interactive(figure, "A line: value (vertical axis) against step.")
     """
     figure.update_layout(
-        template="simple_white", height=440, margin=dict(l=60, r=15, t=40, b=50), font=dict(size=13),
-        paper_bgcolor="white", plot_bgcolor="white",
-    )  # fmt: skip
+        template="simple_white",
+        height=440,
+        margin=dict(l=60, r=15, t=40, b=50),
+        font=dict(size=13),
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+    )
     return _Offline(figure, alt) if os.environ.get("NGD_BOOK") else figure
 
 
 class _Offline:
+    """A figure, and what a reader who cannot see it should know."""
+
     def __init__(self, figure, alt):
         self.figure, self.alt = figure, alt
 
@@ -168,16 +194,12 @@ class _Offline:
         return f"interactive figure: {self.alt}"
 
     def _repr_html_(self) -> str:
+        """What a notebook shows; plotly.js comes from the site."""
         config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
         drawn = self.figure.to_html(
             full_html=False, include_plotlyjs="../_static/plotly.min.js", config=config
         )
-        return f'<div class="ngd-interactive" role="img" aria-label="{html.escape(self.alt)}">{drawn}</div>'
-
-
-def _array(value):
-    return (
-        value.detach().cpu().numpy()
-        if hasattr(value, "detach")
-        else np.asarray(value, dtype=float)
-    )
+        alt = html.escape(self.alt)
+        return (
+            f'<div class="ngd-interactive" role="img" aria-label="{alt}">{drawn}</div>'
+        )

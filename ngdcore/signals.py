@@ -2,21 +2,42 @@ r"""Signals of a network: one forward sweep, and output weights swept back.
 
 For N inputs and C outputs every trained layer has its inputs :math:`H_l` (N x M_in) and
 the gradients of the outputs at its pre-activations :math:`D_l` (NC x M_out,
-sample-major). Neither the Jacobian nor anything of its size is formed."""
+sample-major). Neither the Jacobian nor anything of its size is formed.
 
-from collections.abc import Callable
+The network is any module: its own forward is run, hooks note what goes in and out of
+each trained linear layer, and autograd pulls output weights back. Row (n, c) of the
+Jacobian is :math:`D_l[nc] \otimes H_l[n]` only where every trained weight is used in
+one plain call of its layer and samples do not see one another. Guards look for what is
+known to break this, at every sweep; the belt (`_verify`) compares what the signals say
+with autograd's own gradient, and raises where they differ."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .models import ELEMENTWISE
+from .models import Linear
 
 __all__ = ["Signals", "signals"]
 
+CHUNK = 2**21  # numbers a layer swept back at once: memory is reused, not faulted in
+SAMPLE = 2**14  # entries of a parameter that are remembered, against edits via .data
+PROBE = 8  # rows that are run through the net once more, on their own
+PASSING = {
+    module.forward
+    for module in (nn.Linear, Linear, nn.Sequential, nn.Identity, nn.Flatten)
+}  # where nothing else is in a net, output-gradients are the same for every sample
+FREEZE = "freeze the layer: requires_grad_(False)"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Signals:
     r"""What one forward and one backward sweep leave at every trained layer; made by
     `signals`.
@@ -33,7 +54,15 @@ class Signals:
         sample-major. Swept by `signals`, or when first asked for with
         ``signals(net, x, lazy=True)``.
     net : nn.Module
-        The network the signals were taken from.
+        The network the signals were taken from, without a wrapper such as
+        ``DataParallel``.
+    layers : list of nn.Linear
+        Its trained layers, in the order of ``net.modules()``.
+    n, c : int
+        Samples N and outputs C. Weighted signals have as many outputs as R has rows.
+    linear : bool
+        Whether every sample has the same output-gradients, because the net consists of
+        linear layers alone; then `first` is enough.
 
     Notes
     -----
@@ -43,18 +72,35 @@ class Signals:
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
-    >>> sig.n, sig.c, [tuple(D.shape) for D in sig.D]
-    (3, 2, [(6, 4), (6, 2)])
+    >>> net = ngd.models.MLP([3, 4, 2], seed=0)
+    >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
+    >>> sig
+    Signals(N=3, C=2, layers=2, torch.float64)
+    >>> [tuple(D.shape) for D in sig.D]
+    [(6, 4), (6, 2)]
     """
 
     net: nn.Module
-    outputs: Tensor
-    H: list[Tensor]
-    layers: list[nn.Linear] = field(repr=False)
-    versions: tuple[int, ...] = field(repr=False)
-    sweep: Callable[[Tensor], list[Tensor]] = field(repr=False)
+    outputs: Float[Tensor, "N C"]
+    H: list[Float[Tensor, "N _M_in"]]
+    layers: list[nn.Linear]
+    c: int
     linear: bool = False
+    marks: tuple = field(default=())
+    row: Tensor | None = field(default=None)
+    sweep: Callable[[Tensor], list[Tensor]] | None = field(default=None)
+
+    def __repr__(self) -> str:
+        lazy = "" if "D" in vars(self) else ", lazy"
+        return (
+            f"Signals(N={self.n}, C={self.c}, layers={len(self.H)}, "
+            f"{self.outputs.dtype}{lazy})"
+        )
+
+    def __getstate__(self) -> dict:
+        """What pickle and deepcopy take: a graph cannot travel, so D is formed."""
+        _ = self.D
+        return vars(self) | {"sweep": None}
 
     @property
     def n(self) -> int:
@@ -62,35 +108,41 @@ class Signals:
         return self.outputs.shape[0]
 
     @property
-    def c(self) -> int:
-        """Number of outputs C."""
-        return self.outputs.shape[1]
+    def params(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of `vjp`: layer by layer, the weight
+        before the bias.
+        """
+        return [p for m, H in zip(self.layers, self.H) for p, _ in _trained(m, H)]
 
     @cached_property
-    def D(self) -> list[Tensor]:
+    def D(self) -> list[Float[Tensor, "NC _M_out"]]:
         eye = torch.eye(self.c, dtype=self.outputs.dtype, device=self.outputs.device)
-        return [
-            E.reshape(self.n * self.c, -1)
-            for E in self.pull(eye.expand(self.n, -1, -1))
-        ]
+        pulled = self.pull(eye.expand(self.n, -1, -1))
+        object.__setattr__(self, "sweep", None)  # its graph is not needed any more
+        return [E.reshape(self.n * self.c, -1) for E in pulled]
 
     @cached_property
     def first(self) -> "Signals":
-        """Signals of the first row alone: where the net is ``linear`` its
-        output-gradients are every sample's.
+        """Signals of the first row alone: for a ``linear`` net they hold every sample's
+        output-gradients, in 1/N of the room.
         """
-        H = [columns[:1] for columns in self.H]
-        return replace(self, outputs=self.outputs[:1], H=H)
+        if self.row is None:
+            raise ValueError(
+                "only a net of linear layers has the same output-gradients everywhere; "
+                "use D, whose rows are per sample"
+            )
+        self.check()
+        return signals(self.net, self.row)
 
     def pull(self, cotangents: Tensor) -> list[Tensor]:
         r"""Sweep output weights back to every trained layer's pre-activations, without
-        forming D.
+        forming D (and from D where it is there already).
 
         Parameters
         ----------
         cotangents : Tensor, (N, k, C)
             k sets of output weights; one sample, (1, k, C), serves all where the net
-            has no activations (``linear``).
+            is ``linear``.
 
         Returns
         -------
@@ -101,26 +153,27 @@ class Signals:
         ------
         ValueError
             For another shape, or when the network's weights have changed since these
-            signals were taken.
+            signals were taken and D was not formed before.
 
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64), lazy=True)
+        >>> net = ngd.models.MLP([3, 4, 2], seed=0)
+        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64), lazy=True)
         >>> [E.shape for E in sig.pull(torch.ones(3, 1, 2, dtype=torch.float64))]
         [torch.Size([3, 1, 4]), torch.Size([3, 1, 2])]
         """
-        if (
-            cotangents.ndim != 3
-            or cotangents.shape[2] != self.c
-            or len(cotangents) not in (self.n, 1 if self.linear else self.n)
-        ):
+        shape = tuple(cotangents.shape)
+        if self.linear and shape[:1] == (1,) and self.n > 1:
+            return self.first.pull(cotangents)
+        if cotangents.ndim != 3 or (shape[0], shape[2]) != (self.n, self.c):
             raise ValueError(
-                f"cotangents must be (N, k, C) = ({self.n}, k, {self.c}), not {tuple(cotangents.shape)}"
+                f"cotangents must be (N, k, C) = ({self.n}, k, {self.c}), not {shape}"
             )
-        self._check_versions()
-        with torch.no_grad():
-            return self.sweep(cotangents)
+        if "D" in vars(self):
+            return [cotangents @ D.view(self.n, self.c, -1) for D in self.D]
+        self.check()
+        return self.sweep(cotangents)
 
     def vjp(
         self, v: Tensor | list[Tensor], out: list[Tensor] | None = None
@@ -139,7 +192,7 @@ class Signals:
         Returns
         -------
         list of Tensor
-            In the order of the network's trained parameters.
+            In the order of `params`.
 
         Raises
         ------
@@ -156,22 +209,21 @@ class Signals:
         """
         return self.pack(list(zip(self.pulled(v), self.H)), out)
 
-    def pulled(self, v: Tensor | list[Tensor]) -> list[Tensor]:
+    def pulled(self, v: Tensor | list[Tensor]) -> list[Float[Tensor, "N _M_out"]]:
         r"""Output-space weights pulled back to every layer's units,
         :math:`\sum_c D_{nc} v_{nc}`, (N, M_out) each.
 
         ``v`` as for `vjp`, whose result is these times the layers' inputs.
         """
         weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
-        if len(weights) != len(self.H) or any(
-            w.numel() != self.n * self.c for w in weights
-        ):
+        entries = self.n * self.c
+        if len(weights) != len(self.H) or any(w.numel() != entries for w in weights):
             raise ValueError(
-                f"v must hold N*C = {self.n * self.c} entries, one tensor or one a layer ({len(self.H)})"
+                f"v must hold N*C = {entries} entries, one tensor or one a layer "
+                f"({len(self.H)})"
             )
-        if (
-            isinstance(v, Tensor) and "D" not in self.__dict__
-        ):  # one sweep of v is cheaper than all of D
+        if isinstance(v, Tensor) and "D" not in vars(self):
+            # one sweep of v is cheaper than all of D
             return [E[:, 0] for E in self.pull(v.reshape(self.n, 1, self.c))]
         return [
             torch.einsum(
@@ -188,25 +240,36 @@ class Signals:
         :math:`\frac1N J^\top \Lambda J`, as for cross-entropy with
         :math:`\Lambda = \mathrm{diag}(p) - p p^\top`; the residual to go with it is
         :math:`(R^\top)^+ g`. Directions are those of the network; `jvp` becomes R times
-        its outputs' change.
+        its outputs' change. ``outputs`` stay the network's; ``c`` becomes k.
 
         Parameters
         ----------
-        R : Tensor, (N, C, C)
+        R : Tensor, (N, k, C) with k <= C
+
+        Raises
+        ------
+        ValueError
+            For another shape.
 
         Examples
         --------
         >>> import torch, ngdcore as ngd
-        >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
+        >>> net = ngd.models.MLP([3, 4, 2], seed=0)
+        >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
         >>> twice = sig.weighted(2 * torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
-        >>> torch.allclose(ngd.kernels.empirical(twice).gram(), 4 * ngd.kernels.empirical(sig).gram())
+        >>> K = ngd.kernels.empirical(sig).gram()
+        >>> torch.allclose(ngd.kernels.empirical(twice).gram(), 4 * K)
         True
         """
-        if R.shape != (self.n, self.c, self.c):
+        shape = tuple(R.shape)
+        fits = R.ndim == 3 and (shape[0], shape[2]) == (self.n, self.c)
+        if not fits or not 1 <= shape[1] <= self.c:
             raise ValueError(
-                f"R must be (N, C, C) = {(self.n, self.c, self.c)}, not {tuple(R.shape)}"
+                f"R must be (N, k, C) = ({self.n}, k, {self.c}) with k <= C, "
+                f"not {shape}"
             )
-        return replace(self, sweep=lambda v: self.sweep(v @ R), linear=False)
+        through = partial(_through, self, R)
+        return replace(self, c=shape[1], linear=False, row=None, sweep=through)
 
     def pack(self, layers: list, out: list[Tensor] | None = None) -> list[Tensor]:
         r"""One tensor a trained parameter from one matrix a trained layer, with its
@@ -228,13 +291,14 @@ class Signals:
                 slot = next(slots, None)
                 target = torch.empty_like(param) if slot is None else slot
                 place = target.view(-1, columns.shape[1])
-                place.copy_(columns) if left is None else torch.mm(
-                    left.T, columns, out=place
-                )
+                if left is None:
+                    place.copy_(columns)
+                else:
+                    torch.mm(left.T, columns, out=place)
                 result.append(target)
         return result
 
-    def jvp(self, direction: list[Tensor]) -> Tensor:
+    def jvp(self, direction: list[Tensor]) -> Float[Tensor, "N C"]:
         r"""The push-forward :math:`J\,d`: first-order change of the outputs, shape (N,
         C).
 
@@ -258,14 +322,12 @@ class Signals:
         >>> torch.allclose(sig.jvp(d).flatten(), K.sum(1))
         True
         """
-        params = [
-            p for layer, H in zip(self.layers, self.H) for p, _ in _trained(layer, H)
-        ]
-        if [tuple(d.shape) for d in direction] != [tuple(p.shape) for p in params]:
+        shapes = [tuple(p.shape) for p in self.params]
+        if [tuple(d.shape) for d in direction] != shapes:
             raise ValueError(
-                f"direction must have the trained parameters' shapes {[tuple(p.shape) for p in params]}"
+                f"direction must have the trained parameters' shapes {shapes}"
             )
-        total, parts = torch.zeros_like(self.outputs), iter(direction)
+        total, parts = self.outputs.new_zeros(self.n, self.c), iter(direction)
         for layer, H, D in zip(self.layers, self.H, self.D):
             change = sum(
                 columns @ next(parts).reshape(-1, columns.shape[1]).T
@@ -278,13 +340,37 @@ class Signals:
         """Signals of the same network at other inputs; raises if its weights have moved
         since these were taken.
         """
-        self._check_versions()
+        self.check()
         return signals(self.net, x)
 
-    def _check_versions(self) -> None:
-        if self.versions != _versions(self.net):
+    def check(self) -> None:
+        """Raise a ValueError when the network's weights (or buffers) have changed since
+        these signals were taken, also by edits through ``.data``.
+        """
+        if not _same(self.marks, _marks(_survey(self.net))):
             raise ValueError(
-                "the network's weights changed since these signals were taken; call signals(net, x) again"
+                "the network's weights changed since these signals were taken; "
+                "call signals(net, x) again"
+            )
+
+    def matches(self, other: "Signals") -> None:
+        """Raise a ValueError when other signals are not of the same network with the
+        same weights, or are weighted to another number of outputs.
+        """
+        if list(map(id, self.params)) != list(map(id, other.params)):
+            raise ValueError(
+                "these signals belong to two networks (or two sets of trained "
+                "parameters); take both from one net"
+            )
+        if not _same(self.marks, other.marks):
+            raise ValueError(
+                "the network's weights changed between these signals; "
+                "take both with the same weights"
+            )
+        if self.c != other.c:
+            raise ValueError(
+                f"one of these signals has {self.c} outputs a sample, the other "
+                f"{other.c}; weight both in the same way"
             )
 
 
@@ -294,12 +380,14 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
 
     Parameters
     ----------
-    net : nn.Sequential
-        Any (nested) ``Sequential`` of ``nn.Linear`` (or `ngdcore.models.Linear`) and
-        elementwise activations. Layers whose parameters do not require gradients are
-        passed through, not trained.
-    x : Tensor, (N, d)
-        Inputs, in the network's dtype and on its device.
+    net : nn.Module
+        Any module whose trained parameters are exactly the weights and biases of
+        ``nn.Linear`` (or `ngdcore.models.Linear`) layers, each called once, on (N, M)
+        inputs, with samples independent of one another. What lies between (activations,
+        skip connections, frozen parts) is the module's own. Nets out of
+        ``torch.compile`` and ``DataParallel`` are unwrapped.
+    x : Tensor, (N, ...)
+        Inputs, one row a sample, in the network's dtype and on its device.
     lazy : bool
         Leave the backward sweep of all C outputs until ``D`` is asked for, which must
         be before the weights change.
@@ -312,141 +400,607 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     Raises
     ------
     TypeError
-        For a module that is neither linear nor elementwise.
+        For a net whose signals would not give its Jacobian: tied weights, a layer
+        called twice or never, trained parameters outside linear layers, linear layers
+        that are parametrised, hooked or have a forward of their own, more than two
+        dimensions at a layer, samples that see one another (BatchNorm in training
+        mode), a random forward.
     ValueError
-        For inputs of a wrong shape, dtype or device, inputs that are not finite, or a
-        net that trains nothing.
+        For inputs of a wrong shape, dtype or device, inputs or outputs that are not
+        finite, a net that trains nothing, inference mode or autocast.
+
+    Notes
+    -----
+    The first sweep of a net (and the first after its modules, their modes or its
+    trained set changed, and sweeps 2, 4, 8, ... of it) takes one backward pass more:
+    the weights' gradient for random output weights, formed from H and D, is compared
+    with autograd's own, and a few rows are run through the net alone.
 
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> sig = ngd.signals(ngd.models.MLP([3, 4, 2], seed=0), torch.eye(3, dtype=torch.float64))
+    >>> net = ngd.models.MLP([3, 4, 2], seed=0)
+    >>> sig = ngd.signals(net, torch.eye(3, dtype=torch.float64))
     >>> sig.outputs.shape, [h.shape[1] for h in sig.H], [d.shape[0] for d in sig.D]
     (torch.Size([3, 2]), [3, 4], [6, 6])
     """
-    modules = _flatten(net)
-    linear = [m for m in modules if isinstance(m, nn.Linear)]
-    trained = [m for m in linear if any(p.requires_grad for p in m.parameters())]
-    if not trained:
-        raise ValueError(
-            "net trains nothing: no nn.Linear in it has a parameter with requires_grad=True"
-        )
-    check_matrix("x", x, linear[0].in_features, linear[0].weight)
-    with torch.no_grad():
-        outputs, inputs, slopes = _forward(modules, x)
-        H = [_columns(m, inputs[m]) for m in trained]
+    parts = _survey(_unwrap(net))
+    layers = _trained_layers(parts)
+    x = _check_inputs(parts, x)
+    outputs, inputs, edges = _forward(parts, layers, x)
+    linear = all(_keeps_gradients(module) for _, module in parts.modules)
     sig = Signals(
-        net,
-        outputs,
-        H,
-        trained,
-        _versions(net),
-        partial(_backward, modules, trained, slopes),
-        not slopes,
+        parts.net,
+        outputs.detach(),
+        [_columns(m, h, x) for m, h in zip(layers, inputs)],
+        list(layers),
+        outputs.shape[1],
+        linear,
+        _marks(parts),
+        x[:1].clone() if linear else None,
+        partial(_pull, outputs, edges, layers),
     )
     if not lazy:
         _ = sig.D
+    _verify(sig, parts, layers, x, inputs, outputs, edges)
     return sig
 
 
-def _forward(modules, x):
-    """Outputs, every linear layer's input, every activation's slope."""
-    h, inputs, slopes = x, {}, {}
-    for position, m in enumerate(modules):
-        if isinstance(m, nn.Linear):
-            inputs[m] = h
-            h = m(h)
-        else:
-            with torch.enable_grad():
-                u = h.detach().requires_grad_()
-                h = m(u)
-                (slopes[position],) = torch.autograd.grad(h.sum(), u)
-            h = h.detach()
-    return h, inputs, slopes
+# ------------------------------------------------------------- one sweep each way
 
 
-def _backward(modules, trained, slopes, grad):
-    """Pull output weights, (N, k, C), back to each trained layer's pre-activations: (N,
-    k, M) each.
+def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
+    """The net's own forward: outputs (N, C) with their graph and, a trained layer, its
+    input (N, M_in) and the edge of its pre-activations in the graph.
+
+    An edge stays what it is when an activation overwrites the tensor in place. An input
+    that is overwritten after its layer was called shows in its version; then a second
+    run gives layers copies of their inputs.
     """
-    pulled = {}
-    for position in reversed(range(len(modules))):
-        m = modules[position]
-        if not isinstance(m, nn.Linear):
-            grad = grad * slopes[position][:, None, :]
-            continue
-        pulled[m] = grad
-        if m is trained[0]:
-            break
-        scale = getattr(m, "weight_scale", 1.0)
-        grad = (
-            grad.flatten(0, 1) @ (m.weight if scale == 1.0 else scale * m.weight)
-        ).view(*grad.shape[:2], -1)
-    return [pulled[m] for m in trained]
+    taken, written = {}, _versions(parts, x)
+    with _noted(names, taken, x, copy), _eager(parts), torch.enable_grad():
+        outputs = parts.net(x)
+    for layer, name in names.items():
+        if layer not in taken:
+            raise TypeError(
+                f"{name} is trained and never called in net's forward; {FREEZE}"
+            )
+    for name, version in _versions(parts, x).items():
+        if version != written[name]:
+            raise TypeError(
+                f"net's forward writes to {name}, so that two runs differ; put net "
+                "into eval mode, or write to a copy there"
+            )
+    if not copy and any(h._version != version for h, version, _ in taken.values()):
+        return _forward(parts, names, x, copy=True)
+    _check_outputs(parts, outputs, x)
+    inputs, _, edges = zip(*(taken[layer] for layer in names))
+    return outputs, [h.detach() for h in inputs], list(edges)
 
 
-def _columns(layer, h):
+@contextmanager
+def _noted(names, taken, x, copy):
+    """Hooks that note what goes into and comes out of the trained layers, in ``taken``;
+    they are gone afterwards, whatever happens.
+    """
+
+    def before(layer, args, kwargs):
+        (h,) = (*args, *kwargs.values())
+        if layer in taken:
+            raise TypeError(
+                f"{names[layer]} is called twice in one forward; its two Jacobians "
+                "would have to be added: use two layers"
+            )
+        _check_layer_input(names[layer], layer, h, x)
+        return ((h.clone(),), {}) if copy else None
+
+    def after(layer, args, kwargs, u):
+        (h,) = (*args, *kwargs.values())
+        if not u.requires_grad or u.dtype != layer.weight.dtype:
+            raise TypeError(
+                f"{names[layer]} runs under no_grad or autocast inside net's forward; "
+                f"take it out of there, or {FREEZE}"
+            )
+        taken[layer] = h, h._version, get_gradient_edge(u)
+
+    hooks = []
+    for layer in names:
+        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pull(
+    outputs: Float[Tensor, "N C"],
+    edges: list[GradientEdge],
+    names: dict[nn.Linear, str],
+    cotangents: Float[Tensor, "N k C"],
+) -> list[Tensor]:
+    """Output weights swept back to every layer's pre-activations, (N, k, M_out) each:
+    one batched backward pass for as many of the k sets as CHUNK numbers a layer hold.
+    """
+    n, k, _ = cotangents.shape
+    if k == 1:
+        grads = _gradients(outputs, edges, names, cotangents[:, 0])
+        return [E[:, None] for E in grads]
+    widths = [layer.weight.shape[0] for layer in names]
+    step = max(1, CHUNK // (n * max(widths)))
+    pulled = [cotangents.new_empty(n, k, width) for width in widths]
+    for start in range(0, k, step):
+        part = slice(start, start + step)
+        sets = cotangents[:, part].transpose(0, 1)
+        for E, chunk in zip(pulled, _gradients(outputs, edges, names, sets)):
+            E[:, part] = chunk.transpose(0, 1)
+    return pulled
+
+
+def _gradients(outputs, edges, names, v) -> tuple[Tensor, ...]:
+    """Autograd's pull-back of v, (N, C) or k of them (k, N, C), to every edge; raises
+    where the outputs do not depend on a layer.
+    """
+    grad = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+    if v.ndim == 3:
+        grads = grad(outputs, edges, v, is_grads_batched=True)
+    else:  # of a scalar: torch takes a second to import what looks at given gradients
+        with torch.enable_grad():
+            grads = grad((outputs * v).sum(), edges)
+    for name, grad in zip(names.values(), grads):
+        if grad is None:
+            raise TypeError(
+                f"net's outputs do not depend on {name} (unused or detached); {FREEZE}"
+            )
+    return grads
+
+
+def _through(sig: Signals, R: Tensor, cotangents: Tensor) -> list[Tensor]:
+    """The sweep of weighted signals: (N, k', k) weights through R (N, k, C)."""
+    return sig.pull(cotangents @ R)
+
+
+def _columns(layer, h: Float[Tensor, "N M"], x) -> Float[Tensor, "N M_in"]:
     """Inputs of a trained layer: scaled activations for a trained weight, one column
-    for a trained bias.
+    for a trained bias; never the caller's own memory, which may be used again.
     """
-    scale, parts = getattr(layer, "weight_scale", 1.0), []
+    scale, shift = _scales(layer)
+    parts = []
     if layer.weight.requires_grad:
         parts.append(h if scale == 1.0 else scale * h)
     if layer.bias is not None and layer.bias.requires_grad:
-        parts.append(h.new_full((h.shape[0], 1), getattr(layer, "bias_scale", 1.0)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        parts.append(h.new_full((h.shape[0], 1), shift))
+    H = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    shared = H.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return H.clone() if shared else H
 
 
-def _trained(layer, H):
+def _keeps_gradients(module) -> bool:
+    """Whether a module is one of those that make up linear nets."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return (
+        type(module).forward in PASSING and "forward" not in vars(module) and not hooks
+    )
+
+
+def _scales(layer) -> tuple[float, float]:
+    """The constants in front of weight and bias."""
+    if isinstance(layer, Linear):
+        return layer.weight_scale, layer.bias_scale
+    return 1.0, 1.0
+
+
+def _trained(layer, H) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Pairs (trained parameter, its columns of H)."""
-    split = layer.in_features if layer.weight.requires_grad else 0
+    split = layer.weight.shape[1] if layer.weight.requires_grad else 0
     if split:
         yield layer.weight, H[:, :split]
     if H.shape[1] > split:
         yield layer.bias, H[:, split:]
 
 
-def _flatten(net) -> list[nn.Module]:
-    if not isinstance(net, nn.Sequential):
+# --------------------------------------------------------------------- the guards
+
+
+class _Parts(NamedTuple):
+    """A net taken apart once: modules, parameters and buffers with dotted names."""
+
+    net: nn.Module
+    modules: list[tuple[str, nn.Module]]
+    params: list[tuple[str, nn.Parameter]]
+    buffers: list[tuple[str, Tensor]]
+
+
+def trained_layers(net: nn.Module) -> dict[nn.Linear, str]:
+    """The trained layers of a net, with their dotted names; raises what `signals` would
+    raise for its structure.
+    """
+    return _trained_layers(_survey(_unwrap(net)))
+
+
+def _survey(net) -> _Parts:
+    """All parts of a net; a tied parameter is listed under each of its names."""
+    modules = [(name or "net", module) for name, module in net.named_modules()]
+    params, buffers = (
+        [
+            (f"{name}.{key}", t)
+            for name, module in modules
+            for key, t in getattr(module, kind).items()
+            if t is not None
+        ]
+        for kind in ("_parameters", "_buffers")
+    )
+    return _Parts(net, modules, params, buffers)
+
+
+def _unwrap(net) -> nn.Module:
+    """The module inside torch.compile's or a data-parallel wrapper."""
+    if not isinstance(net, nn.Module):
         raise TypeError(
-            f"net must be an nn.Sequential of nn.Linear and elementwise activations, not {type(net).__name__}"
+            f"net must be an nn.Module, not {type(net).__name__}; call signals(net, x)"
         )
-    modules = []
-    for m in net:
-        if isinstance(m, nn.Sequential):
-            modules += _flatten(m)
-        elif isinstance(m, (nn.Linear, *ELEMENTWISE)):
-            modules.append(m)
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if type(net).__name__ == "OptimizedModule":
+            net = net._orig_mod
+        elif isinstance(net, parallel):
+            net = net.module
         else:
-            raise TypeError(
-                f"net holds {type(m).__name__}; signals know nn.Linear and elementwise activations only"
-            )
-    linear = [m for m in modules if isinstance(m, nn.Linear)]
-    if len(set(map(id, linear))) < len(linear):
-        raise TypeError(
-            "net uses the same nn.Linear twice; its two Jacobians would have to be added, which is not done here"
+            return net
+
+
+@contextmanager
+def _eager(parts):
+    """Compiled parts run as they are written, since compiled ones call no hooks."""
+    compiled = any(
+        type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None
+        for _, m in parts.modules
+    )
+    if not compiled:
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):
+        raise TypeError("net is compiled in parts; hand over the net as it was before")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _trained_layers(parts) -> dict[nn.Linear, str]:
+    """The plain linear layers that are trained, with their dotted names; raises for
+    every other trained parameter and for modules known to break the structure.
+    """
+    layers = {}
+    for name, module in parts.modules:
+        _check_module(name, module)
+        for key, p in module._parameters.items():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"{name}.{key} has no shape yet; run a forward pass first: net(x)"
+                )
+            if p is not None and p.requires_grad:
+                _check_plain(name, key, module)
+                layers[module] = name
+    if not layers:
+        raise ValueError(
+            "net trains nothing: no nn.Linear in it has a parameter with "
+            "requires_grad=True"
         )
-    return modules
+    _check_memory(parts)
+    return layers
 
 
-def _versions(net) -> tuple[int, ...]:
-    return tuple(p._version for p in net.parameters())
+def _check_module(name, module) -> None:
+    """Raise for modules that are random, see other samples, or change gradients."""
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"{name} is scripted; hand over the nn.Module it was made from")
+    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if norm and (module.training or module.running_mean is None):
+        raise TypeError(
+            f"{name} ({kind}) normalises over the batch, so that samples see one "
+            "another; put net into eval mode, with running statistics"
+        )
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    if module.training and (drops or isinstance(module, nn.RReLU)):
+        raise TypeError(f"{name} ({kind}) is random in training mode; call net.eval()")
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise TypeError(
+            f"{name} has a backward hook, which may change gradients; remove it"
+        )
+
+
+def _check_plain(name, key, module) -> None:
+    """Raise unless this trained parameter is the weight or bias of a linear layer with
+    the plain forward.
+    """
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or key not in ("weight", "bias"):
+        raise TypeError(
+            f"{name}.{key} is trained, and not the weight or bias of an nn.Linear "
+            f"(it belongs to {kind.__name__}); freeze it: requires_grad_(False)"
+        )
+    why = ""
+    if hasattr(module, "parametrizations"):
+        why = "is parametrised; torch.nn.utils.parametrize.remove_parametrizations it"
+    elif module._forward_hooks or module._forward_pre_hooks:
+        why = "has forward hooks (old weight_norm is one); remove them"
+    elif (
+        kind.forward not in (nn.Linear.forward, Linear.forward)
+        or kind.__call__ is not nn.Module.__call__
+        or "forward" in vars(module)
+    ):
+        why = f"({kind.__name__}) has a forward of its own; use a plain nn.Linear"
+    elif set(module._parameters) != {"weight", "bias"}:
+        why = f"({kind.__name__}) has other parameters too; use a plain nn.Linear"
+    elif module.weight.ndim != 2 or (
+        module.bias is not None and module.bias.shape != module.weight.shape[:1]
+    ):
+        why = "has a weight that is no matrix, or a bias that is broadcast; reshape it"
+    if why:
+        raise TypeError(
+            f"{name} {why}, or freeze it: signals know W h + b alone, and would be "
+            "wrong here"
+        )
+
+
+def _check_memory(parts) -> None:
+    """Raise when a trained parameter shares memory with another parameter or buffer."""
+    tensors, last = [*parts.params, *parts.buffers], None
+    spans = [(str(t.device), *_span(n, t), n, t) for n, t in tensors if t.numel()]
+    for span in sorted(spans, key=lambda span: span[:3]):
+        device, low, high, name, t = span
+        reached = last is not None and device == last[0] and low < last[2]
+        if reached and (t.requires_grad or last[4].requires_grad):
+            raise TypeError(
+                f"{last[3]} and {name} are tied (they share memory), so that their "
+                "Jacobians would have to be added; untie them: clone one"
+            )
+        if not reached or high > last[2]:
+            last = span
+
+
+def _span(name, t) -> tuple[int, int]:
+    """The addresses where a tensor begins and ends."""
+    if t.is_meta or t.layout != torch.strided:
+        raise ValueError(f"{name} is on the meta device or sparse; materialise it")
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _check_inputs(parts, x) -> Tensor:
+    """x, detached, after a look at the mode, at all dtypes and at x itself."""
+    if torch.is_inference_mode_enabled() or any(
+        t.is_inference() for _, t in (*parts.params, *parts.buffers)
+    ):
+        raise ValueError(
+            "signals need autograd: leave inference_mode (no_grad is fine), and make "
+            "net outside of it"
+        )
+    trained = [(name, p) for name, p in parts.params if p.requires_grad]
+    name, like = trained[0]
+    if torch.is_autocast_enabled(like.device.type):
+        raise ValueError("signals need one dtype throughout: leave torch.autocast")
+    for other, p in trained:
+        if (p.dtype, p.device) != (like.dtype, like.device) or p.is_complex():
+            raise ValueError(
+                f"{other} is {p.dtype} on {p.device}, {name} {like.dtype} on "
+                f"{like.device}; signals need one real dtype and device: net.to(...)"
+            )
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of shape (N, d), not {shape}")
+    _check_values("x", x, like)
+    return (x.clone() if x.is_inference() else x).detach()
 
 
 def check_matrix(name, x, columns, like) -> None:
-    if (
-        not isinstance(x, Tensor)
-        or x.ndim != 2
-        or x.shape[0] < 1
-        or (columns is not None and x.shape[1] != columns)
-    ):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    """Raise unless x is a finite (N, columns) matrix of the dtype and device of
+    ``like``; None leaves a thing open.
+    """
+    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    if len(shape) != 2 or isinstance(shape, str) or shape[1] != (columns or shape[1]):
         raise ValueError(
             f"{name} must be a tensor of shape (N, {columns or 'd'}), not {shape}"
         )
+    _check_values(name, x, like)
+
+
+def _check_values(name, x, like) -> None:
+    """Raise unless x, (N, ...), has rows, is dense, matches ``like`` and is finite."""
+    if x.layout != torch.strided or x.is_meta:
+        raise ValueError(f"{name} is sparse or on the meta device; use to_dense()")
+    if not x.numel():
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} is empty; it needs at least one row "
+            "and one column"
+        )
     if like is not None and (x.dtype != like.dtype or x.device != like.device):
         raise ValueError(
-            f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on {like.device}; use {name}.to(...)"
+            f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on "
+            f"{like.device}; use {name}.to(...)"
         )
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity; remove those rows first")
+    finite = torch.isfinite(x)
+    if not finite.all():
+        rows = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{name} holds NaN or infinity in {len(rows)} row(s), the first of them "
+            f"{rows[:5]}; remove those rows first"
+        )
+
+
+def _check_layer_input(name, layer, h, x) -> None:
+    """Raise unless a trained layer gets (N, M_in), one row a sample."""
+    columns = layer.weight.shape[1]
+    if h is x and (x.ndim != 2 or x.shape[1] != columns):
+        raise ValueError(
+            f"x must be a tensor of shape (N, {columns}), not {tuple(x.shape)}"
+        )
+    if h.ndim != 2 or h.shape[0] != x.shape[0]:
+        raise TypeError(
+            f"{name} gets inputs of shape {tuple(h.shape)} for {x.shape[0]} samples; "
+            "signals need one row a sample, (N, M): sequences and convolutions are not "
+            f"done here. Flatten, or {FREEZE}"
+        )
+
+
+def _check_outputs(parts, outputs, x) -> None:
+    """Raise unless the outputs are a finite (N, C) tensor of the network's dtype."""
+    shape = type(outputs).__name__
+    if isinstance(outputs, Tensor):
+        shape = tuple(outputs.shape)
+    if len(shape) != 2 or shape[0] != x.shape[0] or outputs.dtype != x.dtype:
+        raise TypeError(
+            f"net(x) must be a tensor of shape (N, C) = ({x.shape[0]}, C) and of "
+            f"{x.dtype}, not {shape}; wrap net so that it returns that"
+        )
+    if not outputs.requires_grad:
+        raise TypeError(
+            "net(x) carries no gradient: its forward detaches, or runs under no_grad"
+        )
+    if not torch.isfinite(outputs).all():
+        bad = [n for n, p in parts.params if not torch.isfinite(p).all()]
+        why = f"{bad[0]} does (was it drawn?)" if bad else "weights or x are too large"
+        raise ValueError(f"net(x) holds NaN or infinity: {why}")
+
+
+# -------------------------------------------------- what has changed since, if any
+
+
+def _versions(parts, x) -> dict[str, int]:
+    """Version counters of what a forward pass may not write to."""
+    versions = {f"the buffer {name}": b._version for name, b in parts.buffers}
+    return versions | {"its input x": x._version}
+
+
+def _marks(parts) -> tuple:
+    """Addresses and versions of all parameters and buffers, and some of their entries:
+    version counters do not see edits through ``.data``.
+    """
+    tensors = [t.detach() for _, t in (*parts.params, *parts.buffers) if t.numel()]
+    entries = [t.reshape(-1)[:: -(-t.numel() // SAMPLE)] for t in tensors]
+    return (
+        [(t.data_ptr(), t._version, t.dtype) for t in tensors],
+        [e.clone() for e in entries],
+    )
+
+
+def _same(marks, others) -> bool:
+    """Whether two marks are of the same weights; NaN equals NaN."""
+    return marks[0] == others[0] and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(marks[1], others[1])
+    )
+
+
+# --------------------------------------------------------------------- the belt
+
+_verified = WeakKeyDictionary()  # net: what its last verified sweeps looked like
+
+
+def _facts(sig, parts) -> tuple:
+    """What a verdict holds for: the modules, their modes, hooks and forwards, and which
+    tensors are trained.
+    """
+    modules = tuple(
+        (
+            id(m),
+            m.training,
+            id(type(m).forward),
+            id(vars(m).get("forward")),
+            len(m._forward_hooks) + len(m._forward_pre_hooks),
+        )
+        for _, m in parts.modules
+    )
+    tensors = tuple(
+        (id(t), t.requires_grad, -1 if t.requires_grad else t._version)
+        for _, t in (*parts.params, *parts.buffers)
+    )
+    return modules, tensors, sig.c, sig.outputs.dtype, sig.outputs.device
+
+
+def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
+    """Compare signals with autograd's own gradient and with the rows on their own,
+    where these facts are new or were seen 1, 3, 7, ... times before; raise where they
+    differ. A layer whose gradient is zero is not verified by that.
+    """
+    seen, alone = _verified.setdefault(sig.net, {}), sig.n == 1
+    facts, (known, sweeps) = _facts(sig, parts), seen.get(alone, (None, 0))
+    sweeps = sweeps + 1 if facts == known else 1
+    if sweeps & (sweeps - 1) == 0:
+        seen.pop(alone, None)
+        generator = torch.Generator().manual_seed(sig.n)
+        _compare_rows(sig, parts, names, x, inputs, generator)
+        sound = _compare_gradients(sig, names, outputs, edges, generator)
+        sweeps = sweeps if sound else 0
+    seen[alone] = facts, sweeps
+
+
+def _compare_rows(sig, parts, names, x, inputs, generator) -> None:
+    """Raise when some rows run on their own give other layer inputs or outputs."""
+    few = min(PROBE, (sig.n + 1) // 2)  # all rows would see each other again
+    rows = torch.randperm(sig.n, generator=generator)[:few].to(x.device)
+    devices = [x.device] if x.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices):  # a random forward is refused, not felt
+            outputs, again, _ = _forward(parts, names, x[rows])
+    except (RuntimeError, IndexError) as error:
+        raise TypeError(
+            f"net fails on {len(rows)} rows of x on their own; samples must be "
+            "independent of one another"
+        ) from error
+    for name, whole, part in zip(
+        (*(f"inputs of {name}" for name in names.values()), "outputs of net"),
+        (*inputs, sig.outputs),
+        (*again, outputs.detach()),
+    ):
+        if not _close(part, whole[rows], whole.norm() / sig.n**0.5):
+            raise TypeError(
+                f"the {name} at {len(rows)} rows of x on their own are not those in "
+                "the whole batch: the forward is random, or keeps state, or samples "
+                "see one another; put net into eval mode, normalise each sample alone"
+            )
+
+
+def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
+    """Raise when the gradient of sum a_n z_c f_nc, formed from H and D, is not
+    autograd's; returns whether every layer has a gradient.
+    """
+    a, z = (
+        torch.randn(size, generator=generator, dtype=torch.float64).to(outputs)
+        for size in (sig.n, sig.c)
+    )
+    a = a[:, None]
+    D = [E[:, 0] for E in sig.pull(z.expand(sig.n, 1, -1))]
+    with torch.enable_grad():
+        target = (outputs * a * z).sum()
+    grads = torch.autograd.grad(
+        target, [*edges, *sig.params], retain_graph=True, allow_unused=True
+    )
+    own = iter(grads[len(edges) :])
+    for (layer, name), H, E, pulled in zip(names.items(), sig.H, D, grads):
+        E = a * E
+        if not _close(E, pulled, E.norm()):
+            raise TypeError(
+                f"samples see one another after {name} (its output-gradients mix "
+                "them), or net's forward changes gradients; use no statistics over "
+                "the batch"
+            )
+        for param, columns in _trained(layer, H):
+            grad = next(own)
+            grad = torch.zeros_like(param) if grad is None else grad
+            side = torch.randn(columns.shape[1], generator=generator).to(columns)
+            mine, heard = E.T @ (columns @ side), grad.view(-1, len(side)) @ side
+            if not _close(mine, heard, E.norm() * (columns @ side).norm()):
+                part = "weight" if param is layer.weight else "bias"
+                raise TypeError(
+                    f"{name}.{part} has another gradient than the layer's inputs and "
+                    "output-gradients give: it is used elsewhere too, or changed "
+                    f"inside; use it in one plain call of {name} alone, or {FREEZE}"
+                )
+    return all(E.any() for E in D)
+
+
+def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """Whether a and b are equal to (a little more than) rounding of ``scale``."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.6  # 4e-10 in float64, 7e-5 in float32
+    return bool((a - b).norm() <= tolerance * max(scale, b.norm()))

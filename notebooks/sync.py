@@ -27,14 +27,16 @@ BLOB = f"{ADDRESS}/blob/{CONFIG['repository']['branch']}/"
 RAW = f"{ADDRESS}/raw/{CONFIG['repository']['branch']}/"
 MACROS = CONFIG["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"]
 
-INSTALL = f"""# Made for this notebook alone: fetches the book's package where it is missing, as on Colab.
+INSTALL = f"""# Made for this notebook alone: where the book's package is missing, as on
+# Colab, fetches it with what the chapters use.
 from importlib.util import find_spec
 
 if find_spec("ngdcore") is None:
-    %pip install -q git+{ADDRESS}"""
+    %pip install -q "ngdcore[notebooks] @ git+{ADDRESS}\""""
 
 FENCE = re.compile(
-    r"^(?P<indent> *)(?P<fence>`{3,}|:{3,}|~{3,})(?:\{(?P<name>[\w:.-]+)\})? *(?P<argument>.*)$"
+    r"^(?P<indent> *)(?P<fence>`{3,}|:{3,}|~{3,})"
+    r"(?:\{(?P<name>[\w:.-]+)\})? *(?P<argument>.*)$"
 )
 ROLE = re.compile(
     r"\{(?P<name>[a-z][\w:.-]*)\}(?P<tick>`+)(?P<text>.+?)(?P=tick)", re.S
@@ -47,27 +49,13 @@ TICKS = re.compile(
     r"^ *(?P<fence>`{3,}|~{3,}).*?^ *(?P=fence) *$|" + ROLE.pattern + r"|`[^`\n]+`",
     re.S | re.M,
 )
-NOTES = {
-    "note",
-    "tip",
-    "hint",
-    "important",
-    "warning",
-    "caution",
-    "attention",
-    "danger",
-    "error",
-    "seealso",
-}
-DROPPED = {
-    "tableofcontents",
-    "scoreboard",
-    "tally",
-    "build-report",
-    "claims",
-    "index",
-    "raw",
-}
+NOTES = set(
+    "note tip hint important warning caution attention danger error seealso".split()
+)
+DROPPED = set("tableofcontents scoreboard tally build-report index raw".split())
+REFERRING = {"eq", "ref", "numref", "prf:ref", "math:numref"}
+CITING = {"cite:t", "cite:p", "cite", "cite:ts", "cite:ps"}
+CODE = {"func", "class", "meth", "mod", "file", "code"}
 
 
 def chapters():
@@ -78,7 +66,7 @@ def cells_of(path):
     return jupytext.read(path, fmt="md:myst").cells
 
 
-# --- What is referred to ----------------------------------------------------------------------------------------------
+# --- What is referred to --------------------------------------------------------------
 
 
 @cache
@@ -106,7 +94,8 @@ def labels():
 def equation_labels(text):
     """In order of appearance, as Sphinx counts them."""
     pattern = re.compile(
-        r"\$\$ *\(([\w:.-]+)\)|^[`:]{3,}\{math\}.*\n(?::(?!label)\w+:.*\n)*:label: *(\S+)",
+        r"\$\$ *\(([\w:.-]+)\)"
+        r"|^[`:]{3,}\{math\}.*\n(?::(?!label)\w+:.*\n)*:label: *(\S+)",
         re.M,
     )
     return [a or b for a, b in pattern.findall(text)]
@@ -158,7 +147,7 @@ def reference(label, path):
     return text if where == path else f"{text} of “{title(where)}”"
 
 
-# --- Roles ------------------------------------------------------------------------------------------------------------
+# --- Roles ----------------------------------------------------------------------------
 
 
 def role(match, path):
@@ -166,26 +155,19 @@ def role(match, path):
     if named := re.fullmatch(r"(.+?)\s*<(.+)>", text, re.S):
         shown, target = named.groups()
         return shown.replace("%s", labels().get(target, (path, target))[1].split()[-1])
-    if name in {"eq", "ref", "numref", "prf:ref", "math:numref"}:
+    if name in REFERRING:
         return reference(text, path)
     if name == "doc":
-        return f"“{title((path.parent / text).with_suffix('.md') if text[0] != '/' else ROOT / (text[1:] + '.md'))}”"
-    if name in {"cite:t", "cite:p", "cite", "cite:ts", "cite:ps"}:
-        inside = name not in {"cite:t", "cite:ts"}
-        cited = [citation(key.strip(), inside) for key in text.split(",")]
-        return f"({'; '.join(cited)})" if inside else ", ".join(cited)
+        return f"“{title(inside(text, path).with_suffix('.md'))}”"
+    if name in CITING:
+        brackets = name not in {"cite:t", "cite:ts"}
+        cited = [citation(key.strip(), brackets) for key in text.split(",")]
+        return f"({'; '.join(cited)})" if brackets else ", ".join(cited)
     if name.startswith("glue"):
         return "(the number printed by the cell)"
     if name == "math":
         return f"${text}$"
-    if name.startswith("py:") or name in {
-        "func",
-        "class",
-        "meth",
-        "mod",
-        "file",
-        "code",
-    }:
+    if name.startswith("py:") or name in CODE:
         return f"`{text.lstrip('~')}`"
     if name in {"sub", "sup"}:
         return f"<{name}>{text}</{name}>"
@@ -194,7 +176,7 @@ def role(match, path):
     )
 
 
-# --- Directives -------------------------------------------------------------------------------------------------------
+# --- Directives -----------------------------------------------------------------------
 
 
 def split_options(body):
@@ -224,48 +206,41 @@ def display(tex, label, path):
 
 
 def directive(name, argument, body, path):
+    """A directive as lines of plain Markdown."""
     options, body = split_options(body)
     if name == "math":
-        return display("\n".join([argument, *body]), options.get("label"), path).split(
-            "\n"
-        )
+        tex = "\n".join([argument, *body])
+        return display(tex, options.get("label"), path).split("\n")
     if name in {"code", "code-block", "literalinclude"}:
         return [f"```{argument}", *body, "```"]
-    if name == "figure":
+    if name in {"figure", "image"}:
+        image = [f"![{options.get('alt', '')}]({address(argument, path, RAW)})"]
+        if name == "image":
+            return image
         number = [reference(options["name"], path) + ". "] if "name" in options else []
-        return [
-            f"![{options.get('alt', '')}]({address(argument, path, RAW)})",
-            "",
-            "*" + " ".join(number + body) + "*",
-        ]
-    if name == "image":
-        return [f"![{options.get('alt', '')}]({address(argument, path, RAW)})"]
+        return [*image, "", "*" + " ".join(number + body) + "*"]
     if name == "claims":
-        return [
-            f"*(The built book shows the ledger rows of {', '.join(argument.split())} here.)*"
-        ]
+        rows = ", ".join(argument.split())
+        return [f"*(The built book shows the ledger rows of {rows} here.)*"]
     if name in DROPPED:
         return []
-    inner = lower_lines(body, path)
-    if name == "dropdown":
-        return details(argument, inner)
-    if name == "admonition" and "dropdown" in options.get("class", ""):
+    return wrapped(name, argument, options, lower_lines(body, path), path)
+
+
+def wrapped(name, argument, options, inner, path):
+    """A directive around text that is plain Markdown already."""
+    folded = name == "admonition" and "dropdown" in options.get("class", "")
+    if name == "dropdown" or folded:
         return details(argument, inner)
     if name.startswith("prf:"):
         kind = name[4:].capitalize()
         head = reference(options["label"], path) if "label" in options else kind
         ending = [] if kind != "Proof" else ["", "∎"]
-        return quote(
-            [f"**{head}{f' ({argument})' if argument else ''}.**", "", *inner, *ending]
-        )
+        who = f" ({argument})" if argument else ""
+        return quote([f"**{head}{who}.**", "", *inner, *ending])
     if name in NOTES:
-        return quote(
-            [
-                f"**{name.capitalize().replace('Seealso', 'See also')}.** {argument}".rstrip(),
-                "",
-                *inner,
-            ]
-        )
+        kind = name.capitalize().replace("Seealso", "See also")
+        return quote([f"**{kind}.** {argument}".rstrip(), "", *inner])
     if name in {"admonition", "tab-item", "card"}:
         return quote([f"**{argument}**", "", *inner])
     if name in {"margin", "sidebar", "epigraph"}:
@@ -303,14 +278,17 @@ def lower_lines(lines, path):
     return out
 
 
-# --- The rest of the text ---------------------------------------------------------------------------------------------
+# --- The rest of the text -------------------------------------------------------------
+
+
+def inside(target, path):
+    """The file that a page means: from the root where it begins with a slash."""
+    home = ROOT if target[0] == "/" else path.parent
+    return (home / target.lstrip("/")).resolve()
 
 
 def address(target, path, base):
-    inside = (
-        ROOT / target.lstrip("/") if target[0] == "/" else path.parent / target
-    ).resolve()
-    return base + inside.relative_to(ROOT).as_posix()
+    return base + inside(target, path).relative_to(ROOT).as_posix()
 
 
 def links(text, path):
@@ -319,7 +297,9 @@ def links(text, path):
     def point(match):
         target, anchor = match[2], match[3] or ""
         name = address(target, path, BLOB)
-        return f"[{match[1]}]({name.replace('.md', '.ipynb') if '/notebooks/' in name else name}{anchor})"
+        if "/notebooks/" in name:
+            name = name.replace(".md", ".ipynb")
+        return f"[{match[1]}]({name}{anchor})"
 
     text = re.sub(
         r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+\.md)(#[^)]*)?\)", point, text
@@ -372,7 +352,7 @@ def caption(cell, path):
     ]
 
 
-# --- The notebook -----------------------------------------------------------------------------------------------------
+# --- The notebook ---------------------------------------------------------------------
 
 
 def convert(path):
@@ -420,7 +400,10 @@ def faults(path):
         if not inside and not line.startswith("$$") and "$$" in line:
             yield f"{path.name}:{i}: a display begins its line"
         if re.match(r"\\begin\{(align|equation|gather)\}", line) and not inside:
-            yield f"{path.name}:{i}: number displays by $$ ... $$ (label), with aligned inside"
+            yield (
+                f"{path.name}:{i}: number displays by $$ ... $$ (label), with aligned"
+                " inside"
+            )
         inside ^= line.count("$$") % 2 == 1
         above = line
 

@@ -56,34 +56,11 @@ def jupyter_book(source, *options, **extra):
 def wheel(tmp_path_factory):
     """A folder with the package as pip installs it from the wheel, and nothing else."""
     made, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "build",
-            "--wheel",
-            "--no-isolation",
-            "--outdir",
-            made,
-            ROOT,
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            site,
-            *made.glob("*.whl"),
-        ],
-        check=True,
-    )
+    python = [sys.executable, "-m"]
+    build = [*python, "build", "--wheel", "--no-isolation", "--outdir", made, ROOT]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    install = [*python, "pip", "install", "-q", "--no-deps", "--target", site]
+    subprocess.run([*install, *made.glob("*.whl")], check=True)
     return site
 
 
@@ -203,7 +180,10 @@ def chromium():
         filter(None, map(shutil.which, names)), None
     )
     if path is None:
-        message = "no Chromium: install one (Debian: apt-get install chromium) or set NGD_CHROMIUM to its path"
+        message = (
+            "no Chromium: install one (Debian: apt-get install chromium) or set"
+            " NGD_CHROMIUM to its path"
+        )
         if os.environ.get("CI") or os.environ.get("NGD_REQUIRE_BROWSER"):
             pytest.fail(message)
         pytest.skip(message)

@@ -24,8 +24,9 @@ kernelspec:
 ```{{code-cell}} python3
 import os
 from IPython.display import display
-row = dict(id="Z-T1", part=None, measured={measured}, predicted=1.0, printed=None, rel="==", rtol=1e-6, atol=None,
-           holds=True, printed_holds=None, derived=False, slack=None, note=None, settings={{}}, seeds=[0],
+row = dict(id="Z-T1", part=None, measured={measured}, predicted=1.0, printed=None,
+           rel="==", rtol=1e-6, atol=None, holds=True, printed_holds=None,
+           derived=False, slack=None, note=None, settings={{}}, seeds=[0],
            scale=os.environ.get("NGD_SCALE", "quick"), dtype="float64", device="cpu")
 display({{"text/plain": "a row"}}, raw=True, metadata={{"ngd": row}})
 ```
@@ -85,16 +86,11 @@ def test_what_runs_again_and_what_the_ledger_keeps(small):
     assert not build() and page() == first, "an unchanged book"
 
     (small / "results.md").write_text(PROSE + "\nOne more sentence.\n")
-    assert not build() and row(small)["measured"] == 1.0, (
-        "rows of chapters that were not read again"
-    )
+    assert not build() and row(small)["measured"] == 1.0, "a chapter not read again"
 
-    shutil.rmtree(small / "_build/html")
-    shutil.rmtree(small / "_build/.doctrees")
-    shutil.rmtree(small / "_build/jupyter_execute")
-    assert not build() and row(small)["measured"] == 1.0, (
-        "rows of a chapter taken from the cache"
-    )
+    for folder in ("html", ".doctrees", "jupyter_execute"):
+        shutil.rmtree(small / "_build" / folder)
+    assert not build() and row(small)["measured"] == 1.0, "a chapter from the cache"
 
     (small / "chapter.md").write_text(CHAPTER.format(measured="1.5"))
     assert build() and row(small)["measured"] == 1.5 and "1.5" in page(), (
@@ -123,26 +119,22 @@ def test_chapters_run_beforehand_are_found_by_the_build(small):
     (small / "notebooks/good.md").write_text(good)
     (small / "notebooks/bad.md").write_text(bad)
 
-    def beforehand():
-        command = [sys.executable, str(small / "book/_ext/chapters.py")]
-        done = subprocess.run(
-            command, env=environment(), text=True, capture_output=True
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    status, log = beforehand()
-    assert (
-        status != 0 and "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
-    )
+    status, log = beforehand(small)
+    assert status != 0
+    assert "2 of 2 chapters to run" in log and "ZeroDivisionError" in log
     (small / "notebooks/bad.md").write_text(
         good + "\n```{code-cell} python3\n1 + 1\n```\n"
     )
-    status, log = beforehand()
+    status, log = beforehand(small)
     assert status == 0 and "1 of 2 chapters to run" in log and "good" not in log
-    assert "0 of 2 chapters to run" in beforehand()[1]
+    assert "0 of 2 chapters to run" in beforehand(small)[1]
     status, log = jupyter_book(small)
-    assert (
-        status == 0
-        and log.count("Using cached notebook") == 2
-        and "Executing notebook" not in log
-    )
+    assert status == 0 and "Executing notebook" not in log
+    assert log.count("Using cached notebook") == 2
+
+
+def beforehand(small):
+    """Exit status and output of running the chapters of a book."""
+    command = [sys.executable, str(small / "book/_ext/chapters.py")]
+    done = subprocess.run(command, env=environment(), text=True, capture_output=True)
+    return done.returncode, done.stdout + done.stderr

@@ -499,7 +499,7 @@ def test_weighted_signals_give_the_cross_entropy_fisher(name):
         )
         assert relative(torch.cat([part.flatten() for part in d]), expected) < 1e-8
     with pytest.raises(ValueError, match="R must"):
-        sig.weighted(R[:, :2])
+        sig.weighted(R[:, :, :2])
 
 
 def near_duplicates(distance, dtype):

@@ -44,12 +44,23 @@ def test_scale(monkeypatch):
         (1.0, float("inf"), "<=", {}, False),
         (torch.tensor(1.0), np.array(1.0), "==", {}, True),
         ([torch.tensor(1.0)], [1.0], "==", {}, True),
+        ([[torch.ones(2)], [np.ones(2)]], [[[1, 1]], [[1, 2]]], "==", {}, False),
     ],
 )
 def test_rows_hold_or_fail(measured, predicted, rel, tolerance, holds):
     assert (
         ledger.record("Z-T1", measured, predicted, rel, **tolerance)["holds"] is holds
     )
+
+
+def test_a_row_says_where_its_tensors_were():
+    """Also from lists of lists: `numbers` brings them to the host, and a tensor that
+    may not become an array by itself stands for one that lives elsewhere.
+    """
+    trained = torch.ones(2, dtype=torch.float32, requires_grad=True)
+    row = ledger.record("Z-T1", [[trained], [trained]], 1.0)
+    assert row["holds"] and row["dtype"] == "float32" and row["device"] == "cpu"
+    assert ledger.record("Z-T1", [1.0], 1.0)["dtype"] == "float64"
 
 
 def test_verdicts():
@@ -115,8 +126,10 @@ def notebook(*cells):
 
 def test_rows_travel_with_the_notebook():
     nb = notebook(
-        "import torch, ngdcore as ngd\ncfg = ngd.chapter.settings(dict(n=5, seeds=[0, 1]))",
-        "ngd.ledger.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\nngd.ledger.glue('x', 0.5)",
+        "import torch, ngdcore as ngd\n"
+        "cfg = ngd.chapter.settings(dict(n=5, seeds=[0, 1]))",
+        "ngd.ledger.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\n"
+        "ngd.ledger.glue('x', 0.5)",
         "ngd.ledger.save(curve=[1.0, 0.5])",
     )
     rows, saved = ledger.harvest(json.loads(json.dumps(nb)))
@@ -152,7 +165,8 @@ def test_recording_writes_whole_files(tmp_path):
     (tmp_path / "book").symlink_to(ROOT / "book")
     (tmp_path / "notebooks" / "99_small.md").write_text(
         "---\njupytext:\n  text_representation: {extension: .md, format_name: myst}\n"
-        "kernelspec: {display_name: Python 3, language: python, name: python3}\n---\n\n# Small\n\n"
+        "kernelspec: {display_name: Python 3, language: python, name: python3}\n"
+        "---\n\n# Small\n\n"
         "```{code-cell} ipython3\nimport ngdcore as ngd\n"
         "cfg = ngd.chapter.settings(dict(n=1, seed=3), paper=dict(n=2))\n"
         "ngd.ledger.record('Z-T1', cfg.n, 2)\nngd.ledger.save(a=1.5)\n```\n"
@@ -186,9 +200,10 @@ def test_command_refuses_unknown_chapters():
 def test_nothing_happens_at_import():
     """No warning, no thread pool change, no file, no network, no generator touched."""
     code = (
-        "import torch, warnings; warnings.simplefilter('error'); s = torch.random.get_rng_state();"
-        "n = torch.get_num_threads();"
-        "d = torch.get_default_dtype(); import ngdcore; assert torch.equal(s, torch.random.get_rng_state());"
+        "import torch, warnings; warnings.simplefilter('error');"
+        "from torch.random import get_rng_state as drawn; s = drawn();"
+        "n = torch.get_num_threads(); d = torch.get_default_dtype();"
+        "import ngdcore; assert torch.equal(s, drawn());"
         "assert n == torch.get_num_threads() and d == torch.get_default_dtype()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -204,7 +219,8 @@ def test_figures_draw():
     _, (a, b) = plt.subplots(1, 2)
     ngd.plotting.theory(a, [1, 2], torch.tensor([1.0, 2.0]), "ngd", "theory")
     ngd.plotting.runs(a, [1, 2], [1, 2], "gd", "run")
-    ngd.plotting.band(a, [1, 2], [[1, 2], [2, 3]], "k-fac", "spread")
+    trained = torch.ones(2, requires_grad=True)
+    ngd.plotting.band(a, [1, 2], [trained, 2 * trained], "k-fac", "spread")
     ngd.plotting.heatmap(b, torch.eye(3), "Q")
     assert {t.get_text() for t in a.legend().get_texts()} == {"theory", "run", "spread"}
     plt.close("all")

@@ -8,8 +8,8 @@ import pytest
 from conftest import CHAPTERS
 
 FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update"
 ).split()
 WIDTHS = {"desk": 1280, "phone": 390}
 
@@ -20,33 +20,45 @@ FACTS = r"""async () => {
   const brief = el => (el.outerHTML || "").replace(/\s+/g, " ").slice(0, 160);
 
   // Text outside code and math that still looks like TeX.
-  const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+  const walker = document.createTreeWalker(
+    document.querySelector("main"), NodeFilter.SHOW_TEXT);
   const raw = [];
   for (let node; node = walker.nextNode();)
     if (!node.parentElement.closest("pre, code, script, style, mjx-container") &&
-        /\\\(|\\\[|\$|\\[A-Za-z]{2,}/.test(node.data)) raw.push(node.data.trim().slice(0, 120));
+        /\\\(|\\\[|\$|\\[A-Za-z]{2,}/.test(node.data))
+      raw.push(node.data.trim().slice(0, 120));
 
-  // Formulas that MathJax could not read (undefined names come out red), or whose macros print their own names.
-  const wrong = all("mjx-merror, [data-mjx-error], mjx-container [style*='red']", brief);
+  // Formulas that MathJax could not read (undefined names come out red), or whose
+  // macros print their own names.
+  const wrong = all(
+    "mjx-merror, [data-mjx-error], mjx-container [style*='red']", brief);
   for (const item of window.MathJax?.startup?.document?.math ?? []) {
     let text = "";
     item.root.walkTree(n => { if (n.kind === "text") text += n.getText(); });
     if (/operatorname|mathrm|mathbb|mathsf|lambda/.test(text)) wrong.push(text);
   }
-  const untypeset = all("span.math, div.math", el => !el.querySelector("mjx-container") && brief(el));
+  const untypeset = all("span.math, div.math",
+    el => !el.querySelector("mjx-container") && brief(el));
 
   // Whatever sticks out must lie in a box that scrolls.
   const scrolls = el => /auto|scroll/.test(getComputedStyle(el).overflowX);
-  const boxed = el => { for (; el && el !== document.body; el = el.parentElement)
-    if (scrolls(el) && el.getBoundingClientRect().right <= innerWidth + 1) return true; return false; };
-  const out = all("article mjx-container, article pre, article table, article img, article svg", el =>
-    shown(el) && (el.getBoundingClientRect().right > innerWidth + 1 || (el.scrollWidth > el.clientWidth + 1
-      && el.clientWidth > 0 && el.matches("mjx-container[display=true], pre"))) && !boxed(el) && brief(el));
+  const right = el => el.getBoundingClientRect().right;
+  const boxed = el => {
+    for (; el && el !== document.body; el = el.parentElement)
+      if (scrolls(el) && right(el) <= innerWidth + 1) return true;
+    return false;
+  };
+  const cut = el => el.scrollWidth > el.clientWidth + 1 && el.clientWidth > 0
+    && el.matches("mjx-container[display=true], pre");
+  const kinds = ["mjx-container", "pre", "table", "img", "svg"];
+  const out = all(kinds.map(kind => "article " + kind).join(), el => shown(el)
+    && (right(el) > innerWidth + 1 || cut(el)) && !boxed(el) && brief(el));
 
-  return {raw, wrong, untypeset, out, page: [document.documentElement.scrollWidth, innerWidth],
+  return {raw, wrong, untypeset, out,
+    page: [document.documentElement.scrollWidth, innerWidth],
     math: document.querySelectorAll("mjx-container").length,
-    images: all("img", el =>
-      [el.getAttribute("alt") ?? "", !!el.closest(".cell_output"), el.complete && el.naturalWidth > 0])};
+    images: all("img", el => [el.getAttribute("alt") ?? "",
+      !!el.closest(".cell_output"), el.complete && el.naturalWidth > 0])};
 }"""
 
 

@@ -24,8 +24,9 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = max(2, min(4, os.cpu_count() or 1))  # kernels of one thread each
-PROBE = """import resource, ngdcore
-used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+PROBE = """import ngdcore
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+used = [getrusage(who) for who in (RUSAGE_SELF, RUSAGE_CHILDREN)]
 print(sum(u.ru_utime + u.ru_stime for u in used), ngdcore.__file__)"""
 
 
@@ -44,7 +45,9 @@ def read(path):
 
 
 def execute(nb, env, **options):
-    """Run a notebook in an empty folder, in a kernel of its own with this environment."""
+    """Run a notebook in an empty folder, in a kernel of its own that has this
+    environment.
+    """
     nb.cells.append(nbformat.v4.new_code_cell(PROBE))
     # A run is found again by its code cells with their metadata, and by the kernel's
     # name: all stay as written.
@@ -81,40 +84,36 @@ def main():
     """Returns how many chapters failed; their tracebacks are printed."""
     path = cache_path(ROOT, os.environ.get("NGD_DATA_DIR"))
     path.mkdir(parents=True, exist_ok=True)
-    cache, pages = (
-        get_cache(path),
-        (ROOT / f"{name}.md" for name in parse_toc_yaml(ROOT / "_toc.yml")),
-    )
+    cache = get_cache(path)
+    pages = (ROOT / f"{name}.md" for name in parse_toc_yaml(ROOT / "_toc.yml"))
     chapters = {page: read(page) for page in pages if page.parent.name == "notebooks"}
     todo = {page: nb for page, nb in chapters.items() if not known(cache, nb)}
-    print(
-        f"{len(todo)} of {len(chapters)} chapters to run, {WORKERS} at a time",
-        flush=True,
-    )
+    say(f"{len(todo)} of {len(chapters)} chapters to run, {WORKERS} at a time")
     env, failed = os.environ | {"NGD_BOOK": "1", "PYTHONPATH": str(ROOT)}, 0
     with ThreadPoolExecutor(WORKERS) as pool:
         pages = {pool.submit(execute, nb, env): page for page, nb in todo.items()}
         try:
             for count, future in enumerate(as_completed(pages), 1):
-                page, error = pages[future], future.exception()
-                if error:
-                    failed += 1
-                    print(
-                        f"[{count}/{len(todo)}] {page.stem} failed: {error}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                else:
-                    run = future.result()
-                    keep(cache, run.nb, page, run.seconds)
-                    print(
-                        f"[{count}/{len(todo)}] {page.stem}: {run.seconds:.1f} s",
-                        flush=True,
-                    )
+                failed += not kept(cache, pages[future], future, f"{count}/{len(todo)}")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
     return failed
+
+
+def kept(cache, page, future, count):
+    """Whether a chapter ran; its run is kept, or its traceback printed."""
+    if error := future.exception():
+        say(f"[{count}] {page.stem} failed: {error}", sys.stderr)
+        return False
+    run = future.result()
+    keep(cache, run.nb, page, run.seconds)
+    say(f"[{count}] {page.stem}: {run.seconds:.1f} s")
+    return True
+
+
+def say(text, file=None):
+    print(text, file=file, flush=True)
 
 
 if __name__ == "__main__":

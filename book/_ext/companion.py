@@ -37,7 +37,7 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SIGNS = {"==": "=", "<=": "≤", ">=": "≥"}
 
 
-# --- When chapters run again -----------------------------------------------------------------------------------------
+# --- When chapters run again ----------------------------------------------------------
 
 
 def scale():
@@ -60,8 +60,9 @@ def fingerprint(root, data=None):
         if data and Path(data).is_dir()
         else []
     )
+    versions = [version(p) for p in PACKAGES]
     digest = hashlib.sha256(
-        f"{scale()} {sys.version_info[:2]} {[version(p) for p in PACKAGES]} {more}".encode()
+        f"{scale()} {sys.version_info[:2]} {versions} {more}".encode()
     )
     for path in files:
         name = path.relative_to(root).as_posix()
@@ -114,7 +115,7 @@ def drop_thebe(app, pagename, templatename, context, doctree):
     ]
 
 
-# --- The ledger ------------------------------------------------------------------------------------------------------
+# --- The ledger -----------------------------------------------------------------------
 
 
 def keep_rows(app, doctree):
@@ -257,7 +258,7 @@ def write_claims(app, exception):
         Path(app.outdir, "claims.json").write_text(text, encoding="utf8")
 
 
-# --- The tables ------------------------------------------------------------------------------------------------------
+# --- The tables -----------------------------------------------------------------------
 
 
 def number(x):
@@ -293,7 +294,8 @@ def table(head, rows, kind):
         return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
 
     return (
-        f'<div class="ngd-table"><table class="table {kind}"><thead>{line(head, "th")}</thead>'
+        f'<div class="ngd-table"><table class="table {kind}">'
+        f"<thead>{line(head, 'th')}</thead>"
         f"<tbody>{''.join(line(r, 'td') for r in rows)}</tbody></table></div>"
     )
 

@@ -180,6 +180,16 @@ class KFAC(_Kronecker):
             )
         self.rank = check_rank(rank)
 
+    def full_step(self, sig: Signals) -> float:
+        """One over the layers, each counted N times where it has more units on both
+        sides than rows.
+        """
+        wide = [
+            sig.n <= H.shape[1] and sig.n * sig.c <= layer.out_features
+            for H, layer in zip(sig.H, sig.layers)
+        ]
+        return 1 / sum(sig.n if few else 1 for few in wide)
+
     def coefficient(self, factors, damping=0.0, generator=None):
         train, c = check_factors(factors).train, factors.c
         n, Q = train.columns, 0.0
@@ -308,6 +318,10 @@ class SampledKFAC(_Kronecker):
     def best_alpha(self, factors) -> float:
         """L, the number of trained layers: see Notes."""
         return float(check_factors(factors).depth)
+
+    def full_step(self, sig: Signals) -> float:
+        """1/L."""
+        return 1 / len(sig.H)
 
     def _backward(self, sig, shift, guards, generator):
         drawn = self._draw(sig, generator) / self.samples**0.5
