@@ -184,8 +184,8 @@ class Fisher:
         return 2 / (max(low, 0.0) + high)
 
     def full_step(self, sig: Signals) -> float:
-        r"""The learning rate of one full step, :math:`1/\alpha`, where :math:`\alpha` of
-        the undamped Q is known without forming it; 1 elsewhere.
+        r"""The learning rate of one full step, :math:`1/\alpha`, where the undamped
+        :math:`\alpha` is known without forming Q; 1 elsewhere.
         """
         return 1 / (self._isotropic(len(sig.H)) or 1.0)
 
