@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import ngdcore as ngd
 from ngdcore.dense import jacobian, relative
@@ -83,31 +82,6 @@ def test_more_outputs_than_a_tile():
     net, x = ngd.models.MLP([3, 4, 300], seed=0), ngd.data.gaussian(2, 3)
     J = torch.cat(jacobian(net, x), 1)
     assert relative(ngd.kernels.empirical(ngd.signals(net, x)).gram(), J @ J.T) < 1e-12
-
-
-def test_any_sequential():
-    """Plain torch layers, nested, with frozen parts, activations of every slope."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(5, 6),
-        nn.GELU(),
-        nn.Sequential(nn.Linear(6, 7, bias=False), nn.Softplus()),
-        nn.Linear(7, 4),
-        nn.SiLU(),
-        nn.Linear(4, 2),
-    ).double()
-    net[0].weight.requires_grad_(False)  # only its bias is trained
-    net[3].bias.requires_grad_(False)  # only its weight is
-    for p in net[5].parameters():
-        p.requires_grad_(False)
-    x = ngd.data.gaussian(6, 5)
-    sig = ngd.signals(net, x)
-    J = torch.cat(jacobian(net, x), 1)
-    assert relative(ngd.kernels.empirical(sig).gram(), J @ J.T) < 1e-12
-    flat = torch.cat(
-        [d.flatten() for d in sig.vjp(torch.ones(12, dtype=torch.float64))]
-    )
-    assert relative(flat, J.sum(0)) < 1e-12
 
 
 def test_two_layer_relu_and_deep_linear():
@@ -319,39 +293,9 @@ def test_permutation_and_rotation(case):
 # --------------------------------------------------------------------------------------------- errors
 
 
-def test_signals_refuse():
-    net, x = ngd.models.MLP([3, 4, 1]), ngd.data.gaussian(2, 3)
-    for bad, error, says in (
-        (x[:, :2], ValueError, "shape"),
-        (x[0], ValueError, "shape"),
-        (x[:0], ValueError, "shape"),
-        (x.float(), ValueError, "float32"),
-        (x * float("nan"), ValueError, "NaN"),
-        ([1.0], ValueError, "x must be"),
-    ):
-        with pytest.raises(error, match=says):
-            ngd.signals(net, bad)
-    for wrong in (
-        nn.Sequential(nn.Linear(3, 3), nn.Softmax(1)),
-        nn.Linear(3, 1),
-        nn.Sequential(nn.Conv1d(1, 1, 1)),
-    ):
-        with pytest.raises(TypeError, match="elementwise"):
-            ngd.signals(wrong.double(), x)
-    shared = nn.Linear(3, 3).double()
-    with pytest.raises(TypeError, match="twice"):
-        ngd.signals(nn.Sequential(shared, nn.ReLU(), shared), x)
-    with pytest.raises(ValueError, match="trains nothing"):
-        ngd.signals(nn.Sequential(nn.Linear(3, 1).double().requires_grad_(False)), x)
-
-
-def test_signals_and_factors_refuse_misuse():
+def test_factors_refuse_misuse():
     net, x = ngd.models.MLP([3, 4, 2]), ngd.data.gaussian(2, 3)
     sig = ngd.signals(net, x)
-    with pytest.raises(ValueError, match="entries"):
-        sig.vjp(torch.ones(3))
-    with pytest.raises(ValueError, match="trained parameters"):
-        sig.jvp([torch.ones(3)])
     fac = ngd.kernels.empirical(sig)
     with pytest.raises(ValueError, match="does not exist"):
         fac.layer(2)
