@@ -412,9 +412,9 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     Notes
     -----
     The first sweep of a net (and the first after its modules, their modes or its
-    trained set changed, and sweeps 2, 4, 8, ... of it) takes one backward pass more:
-    the weights' gradient for random output weights, formed from H and D, is compared
-    with autograd's own, and a few rows are run through the net alone.
+    trained set changed, and sweeps 2, 4, 8, ... of it) takes a little more: a few rows
+    are run through the net alone, and the weights' gradient for random output weights
+    at these rows, formed from H and D, is compared with autograd's own.
 
     Examples
     --------
@@ -442,7 +442,7 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     )
     if not lazy:
         _ = sig.D
-    _verify(sig, parts, layers, x, inputs, outputs, edges)
+    _verify(sig, parts, layers, x, inputs)
     return sig
 
 
@@ -925,7 +925,7 @@ def _facts(sig, parts) -> tuple:
     return modules, tensors, sig.c, sig.outputs.dtype, sig.outputs.device
 
 
-def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
+def _verify(sig, parts, names, x, inputs) -> None:
     """Compare signals with autograd's own gradient and with the rows on their own,
     where these facts are new or were seen 1, 3, 7, ... times before; raise where they
     differ. A layer whose gradient is zero is not verified by that.
@@ -937,7 +937,7 @@ def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
         seen.pop(alone, None)
         generator = torch.Generator().manual_seed(sig.n)
         _compare_rows(sig, parts, names, x, inputs, generator)
-        sound = _compare_gradients(sig, names, outputs, edges, generator)
+        sound = _compare_gradients(sig, parts, names, x, generator)
         sweeps = sweeps if sound else 0
     seen[alone] = facts, sweeps
 
@@ -968,31 +968,33 @@ def _compare_rows(sig, parts, names, x, inputs, generator) -> None:
             )
 
 
-def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
-    """Raise when the gradient of sum a_n z_c f_nc, formed from H and D, is not
-    autograd's; returns whether every layer has a gradient.
+def _compare_gradients(sig, parts, names, x, generator) -> bool:
+    """Raise when the gradient of sum a_n z_c f_nc over a few rows, formed from H and D
+    of the whole batch, is not autograd's with these rows alone; returns whether every
+    layer has a gradient there.
     """
+    rows = torch.randperm(sig.n, generator=generator)[:PROBE].to(x.device)
     a, z = (
-        torch.randn(size, generator=generator, dtype=torch.float64).to(outputs)
-        for size in (sig.n, sig.c)
+        torch.randn(size, generator=generator, dtype=torch.float64).to(sig.outputs)
+        for size in (len(rows), sig.c)
     )
-    a = a[:, None]
-    D = [E[:, 0] for E in sig.pull(z.expand(sig.n, 1, -1))]
+    outputs, _, edges = _forward(parts, names, x[rows])
     with torch.enable_grad():
-        target = (outputs * a * z).sum()
-    grads = torch.autograd.grad(
-        target, [*edges, *sig.params], retain_graph=True, allow_unused=True
-    )
-    own = iter(grads[len(edges) :])
-    for (layer, name), H, E, pulled in zip(names.items(), sig.H, D, grads):
-        E = a * E
-        if not _close(E, pulled, E.norm()):
+        target = (outputs * a[:, None] * z).sum()
+    grads = torch.autograd.grad(target, [*edges, *sig.params], allow_unused=True)
+    own, found = iter(grads[len(edges) :]), []
+    pulled = sig.pull(z.expand(sig.n, 1, -1))
+    for (layer, name), H, E, alone in zip(names.items(), sig.H, pulled, grads):
+        E = a[:, None] * E[rows, 0]
+        found.append(bool(E.any()))
+        alone = torch.zeros_like(E) if alone is None else alone
+        if not _close(E, alone, E.norm()):
             raise TypeError(
                 f"samples see one another after {name} (its output-gradients mix "
                 "them), or net's forward changes gradients; use no statistics over "
                 "the batch"
             )
-        for param, columns in _trained(layer, H):
+        for param, columns in _trained(layer, H[rows]):
             grad = next(own)
             grad = torch.zeros_like(param) if grad is None else grad
             side = torch.randn(columns.shape[1], generator=generator).to(columns)
@@ -1004,7 +1006,7 @@ def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
                     "output-gradients give: it is used elsewhere too, or changed "
                     f"inside; use it in one plain call of {name} alone, or {FREEZE}"
                 )
-    return all(E.any() for E in D)
+    return all(found)
 
 
 def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
