@@ -29,7 +29,6 @@ __all__ = ["Signals", "signals"]
 
 CHUNK = 2**21  # numbers a layer swept back at once: memory is reused, not faulted in
 SAMPLE = 2**14  # entries of a parameter that are remembered, against edits via .data
-PROBE = 8  # rows that are run through the net once more, on their own
 PASSING = {
     module.forward
     for module in (nn.Linear, Linear, nn.Sequential, nn.Identity, nn.Flatten)
@@ -86,7 +85,7 @@ class Signals:
     layers: list[nn.Linear]
     c: int
     linear: bool = False
-    marks: tuple = field(default=())
+    marks: tuple | None = field(default=None)
     row: Tensor | None = field(default=None)
     sweep: Callable[[Tensor], list[Tensor]] | None = field(default=None)
 
@@ -100,7 +99,14 @@ class Signals:
     def __getstate__(self) -> dict:
         """What pickle and deepcopy take: a graph cannot travel, so D is formed."""
         _ = self.D
-        return vars(self) | {"sweep": None}
+        fresh = _same(self.marks, _marks(_survey(self.net)))
+        return vars(self) | {"sweep": None, "marks": self.marks if fresh else None}
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's weights lie elsewhere: new marks, unless they were stale."""
+        vars(self).update(state)
+        if self.marks is not None:
+            vars(self)["marks"] = _marks(_survey(self.net))
 
     @property
     def n(self) -> int:
@@ -345,8 +351,10 @@ class Signals:
 
     def check(self) -> None:
         """Raise a ValueError when the network's weights (or buffers) have changed since
-        these signals were taken, also by edits through ``.data``.
+        these signals were taken, also by edits through ``.data`` (of which up to 16384
+        entries a parameter are compared).
         """
+        _check_mode()
         if not _same(self.marks, _marks(_survey(self.net))):
             raise ValueError(
                 "the network's weights changed since these signals were taken; "
@@ -414,7 +422,7 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     The first sweep of a net (and the first after its modules, their modes or its
     trained set changed, and sweeps 2, 4, 8, ... of it) takes one backward pass more:
     the weights' gradient for random output weights, formed from H and D, is compared
-    with autograd's own, and a few rows are run through the net alone.
+    with autograd's own, and the net is run once more with half of x overwritten.
 
     Examples
     --------
@@ -457,7 +465,7 @@ def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
     that is overwritten after its layer was called shows in its version; then a second
     run gives layers copies of their inputs.
     """
-    taken, written = {}, _versions(parts, x)
+    taken, written, drawn = {}, _versions(parts, x), _random_state(x)
     with _noted(names, taken, x, copy), _eager(parts), torch.enable_grad():
         outputs = parts.net(x)
     for layer, name in names.items():
@@ -465,6 +473,10 @@ def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
             raise TypeError(
                 f"{name} is trained and never called in net's forward; {FREEZE}"
             )
+    if not torch.equal(drawn, _random_state(x)):
+        raise TypeError(
+            "net's forward is random: it draws from torch's generator; call net.eval()"
+        )
     for name, version in _versions(parts, x).items():
         if version != written[name]:
             raise TypeError(
@@ -763,13 +775,7 @@ def _span(name, t) -> tuple[int, int]:
 
 def _check_inputs(parts, x) -> Tensor:
     """x, detached, after a look at the mode, at all dtypes and at x itself."""
-    if torch.is_inference_mode_enabled() or any(
-        t.is_inference() for _, t in (*parts.params, *parts.buffers)
-    ):
-        raise ValueError(
-            "signals need autograd: leave inference_mode (no_grad is fine), and make "
-            "net outside of it"
-        )
+    _check_mode(any(t.is_inference() for _, t in (*parts.params, *parts.buffers)))
     trained = [(name, p) for name, p in parts.params if p.requires_grad]
     name, like = trained[0]
     if torch.is_autocast_enabled(like.device.type):
@@ -785,6 +791,15 @@ def _check_inputs(parts, x) -> Tensor:
         raise ValueError(f"x must be a tensor of shape (N, d), not {shape}")
     _check_values("x", x, like)
     return (x.clone() if x.is_inference() else x).detach()
+
+
+def _check_mode(made_there=False) -> None:
+    """Raise in inference mode, or when the net was made there."""
+    if made_there or torch.is_inference_mode_enabled():
+        raise ValueError(
+            "signals need autograd: leave inference_mode (no_grad is fine), and make "
+            "net outside of it"
+        )
 
 
 def check_matrix(name, x, columns, like) -> None:
@@ -835,6 +850,11 @@ def _check_layer_input(name, layer, h, x) -> None:
         raise ValueError(
             f"x must be a tensor of shape (N, {columns}), not {tuple(x.shape)}"
         )
+    if h.is_inference():
+        raise TypeError(
+            f"what comes to {name} was computed in inference_mode, inside net's "
+            "forward; use no_grad there"
+        )
     if h.ndim != 2 or h.shape[0] != x.shape[0]:
         raise TypeError(
             f"{name} gets inputs of shape {tuple(h.shape)} for {x.shape[0]} samples; "
@@ -868,8 +888,13 @@ def _check_outputs(parts, outputs, x) -> None:
 
 def _versions(parts, x) -> dict[str, int]:
     """Version counters of what a forward pass may not write to."""
-    versions = {f"the buffer {name}": b._version for name, b in parts.buffers}
+    versions = {name: t._version for name, t in (*parts.params, *parts.buffers)}
     return versions | {"its input x": x._version}
+
+
+def _random_state(x) -> Tensor:
+    """The state of torch's global generator that a forward pass on x would use."""
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
 def _marks(parts) -> tuple:
@@ -886,9 +911,13 @@ def _marks(parts) -> tuple:
 
 def _same(marks, others) -> bool:
     """Whether two marks are of the same weights; NaN equals NaN."""
-    return marks[0] == others[0] and all(
-        torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(marks[1], others[1])
+    return (
+        None not in (marks, others)
+        and marks[0] == others[0]
+        and all(
+            torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(marks[1], others[1])
+        )
     )
 
 
@@ -929,35 +958,31 @@ def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
     if sweeps & (sweeps - 1) == 0:
         seen.pop(alone, None)
         generator = torch.Generator().manual_seed(sig.n)
-        _compare_rows(sig, parts, names, x, inputs, generator)
         sound = _compare_gradients(sig, names, outputs, edges, generator)
+        _compare_rows(sig, parts, names, x, inputs, generator)
         sweeps = sweeps if sound else 0
     seen[alone] = facts, sweeps
 
 
 def _compare_rows(sig, parts, names, x, inputs, generator) -> None:
-    """Raise when some rows run on their own give other layer inputs or outputs."""
-    few = min(PROBE, (sig.n + 1) // 2)  # all rows would see each other again
-    rows = torch.randperm(sig.n, generator=generator)[:few].to(x.device)
-    devices = [x.device] if x.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices):  # a random forward is refused, not felt
-            outputs, again, _ = _forward(parts, names, x[rows])
-    except (RuntimeError, IndexError) as error:
-        raise TypeError(
-            f"net fails on {len(rows)} rows of x on their own; samples must be "
-            "independent of one another"
-        ) from error
+    """Raise when half of the rows give other layer inputs or outputs as soon as the
+    other half of x is overwritten. The batch keeps its size, hence its rounding.
+    """
+    order = torch.randperm(sig.n, generator=generator).to(x.device)
+    kept, lost = order[: (sig.n + 1) // 2], order[(sig.n + 1) // 2 :]
+    other = x.index_copy(0, lost, x[kept[: len(lost)]])
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        outputs, again, _ = _forward(parts, names, other)
     for name, whole, part in zip(
         (*(f"inputs of {name}" for name in names.values()), "outputs of net"),
         (*inputs, sig.outputs),
         (*again, outputs.detach()),
     ):
-        if not _close(part, whole[rows], whole.norm() / sig.n**0.5):
+        if not _close(part[kept], whole[kept]):
             raise TypeError(
-                f"the {name} at {len(rows)} rows of x on their own are not those in "
-                "the whole batch: the forward is random, or keeps state, or samples "
-                "see one another; put net into eval mode, normalise each sample alone"
+                f"the {name} change with other rows of the batch, or from run to run: "
+                "samples see one another, or the forward is random or keeps state; put "
+                "net into eval mode, normalise each sample by itself"
             )
 
 
@@ -979,7 +1004,7 @@ def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
     own = iter(grads[len(edges) :])
     for (layer, name), H, E, pulled in zip(names.items(), sig.H, D, grads):
         E = a * E
-        if not _close(E, pulled, E.norm()):
+        if not _close(E, pulled):
             raise TypeError(
                 f"samples see one another after {name} (its output-gradients mix "
                 "them), or net's forward changes gradients; use no statistics over "
@@ -1000,7 +1025,7 @@ def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
     return all(E.any() for E in D)
 
 
-def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    """Whether a and b are equal to (a little more than) rounding of ``scale``."""
+def _close(a: Tensor, b: Tensor, scale: float | Tensor = 0.0) -> bool:
+    """Whether a and b differ by (little more than) rounding of b, or of ``scale``."""
     tolerance = torch.finfo(a.dtype).eps ** 0.6  # 4e-10 in float64, 7e-5 in float32
     return bool((a - b).norm() <= tolerance * max(scale, b.norm()))
