@@ -192,7 +192,7 @@ class Prediction(NamedTuple):
 
 def predict(
     factors: Factors,
-    y: Float[Tensor, "N C"],
+    y: Tensor,
     times: float | Sequence[float] = math.inf,
     fisher=None,
     damping: float = 0.0,

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["Info", "RankDeficient"]
 
 WARN_SINGLE = 1e6  # a step in float32 keeps two or three digits there
+SMALL = 50  # a matrix whose eigenvalues cost less than an estimate of the extreme ones
 KEPT = 2**25  # numbers: what a solve may hold on to for the next right-hand side
 
 
@@ -122,8 +123,9 @@ def inverse_spd(K: Float[Tensor, "n n"], guard: Guard) -> Inverse:
     """The inverse of a symmetric positive (semi-)definite K, which is overwritten where
     there is jitter: by Cholesky, or as the guard says.
     """
-    shift = guard.jitter * float(K.diagonal().mean())
-    K.diagonal().add_(shift)
+    shift = guard.jitter and guard.jitter * float(K.diagonal().mean())
+    if shift:
+        K.diagonal().add_(shift)
     factor, condition = cholesky(K, guard)
     if factor is not None:
         return Inverse(lambda rhs: solve_cholesky(factor, rhs), Info(condition, shift))
@@ -264,9 +266,12 @@ def probe(n: int, like: Tensor) -> Float[Tensor, "n 1"]:
 
 
 def _condition(K: Float[Tensor, "n n"], factor, sweeps: int = 6) -> float:
-    """Estimate (from below) of K's condition number: a few power and inverse
-    iterations on its factor.
+    """K's condition number; beyond small sizes an estimate from below, by a few power
+    and inverse iterations on its factor.
     """
+    if len(K) <= SMALL:
+        values = torch.linalg.eigvalsh(K)
+        return float(values[-1] / values[0]) if values[0] > 0 else float("inf")
     top = low = probe(len(K), K)
     for _ in range(sweeps):
         top = K @ top

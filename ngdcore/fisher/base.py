@@ -184,8 +184,8 @@ class Fisher:
         return 2 / (max(low, 0.0) + high)
 
     def full_step(self, sig: Signals) -> float:
-        r"""The learning rate of one full step, :math:`1/\alpha`, where :math:`\alpha` of
-        the undamped Q is known without forming it; 1 elsewhere.
+        r"""The learning rate of one full step, :math:`1/\alpha`, where the undamped
+        :math:`\alpha` is known without forming Q; 1 elsewhere.
         """
         return 1 / (self._isotropic(len(sig.H)) or 1.0)
 
@@ -270,6 +270,13 @@ class Fisher:
             )
         return self.coefficient(factors)
 
+    def _of_each_output(
+        self, factors: Factors, damping: float
+    ) -> Float[Tensor, "RC NC"]:
+        """Q of factors whose outputs are alike and apart: that of one, times I_C."""
+        one = self.coefficient(factors.scalar, damping)
+        return torch.kron(one, torch.eye(factors.c).to(one))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -292,12 +299,16 @@ class OutputSide(Fisher):
 
     def coefficient(self, factors, damping=0.0, generator=None):
         train = check_factors(factors).train
+        if factors.scalar is not None:
+            return self._of_each_output(factors, damping)
         nc = train.columns * train.c
         eye = torch.eye(nc, dtype=train.dtype, device=train.device)
         weights = self._inverse(train, check_damping(damping))(eye)
         if isinstance(weights, Tensor):
             return factors.gram() @ weights
-        return sum(factors.layer(l) @ w for l, w in enumerate(weights) if w is not None)
+        moving = [l for l, w in enumerate(weights) if w is not None]
+        grams = factors.layers(moving)
+        return sum(K @ weights[l] for l, K in zip(moving, grams))
 
     coefficient.__doc__ = Fisher.coefficient.__doc__
 
@@ -434,7 +445,12 @@ def check_residual(sig: Signals, g: Tensor) -> Tensor:
         )
     like, size = sig.outputs, sig.n * sig.c
     fits = g.ndim == 1 or g.shape[:2] == (sig.n, sig.c)
-    if g.dtype != like.dtype or g.device != like.device or g.numel() != size or not fits:
+    if (
+        g.dtype != like.dtype
+        or g.device != like.device
+        or g.numel() != size
+        or not fits
+    ):
         raise ValueError(
             f"g must be of shape (N, C) = {(sig.n, sig.c)} or ({size},), {like.dtype}"
             f" on {like.device}, not {tuple(g.shape)}, {g.dtype} on {g.device}"

@@ -192,6 +192,8 @@ class KFAC(_Kronecker):
 
     def coefficient(self, factors, damping=0.0, generator=None):
         train, c = check_factors(factors).train, factors.c
+        if factors.scalar is not None:
+            return self._of_each_output(factors, damping)
         n, Q = train.columns, 0.0
         shift = n * check_damping(damping) ** 0.5
 
@@ -200,9 +202,9 @@ class KFAC(_Kronecker):
             own.diagonal().add_(shift)
             return inverse_spd(own, self._guard(train, l))(rows.T).T
 
-        for l in range(train.depth):
-            A = smoothed(train.A(l), factors.A(l), l)
-            B = smoothed(train.B(l), factors.B(l), l)
+        sides = zip(*train.sides(), *factors.sides())
+        for l, (own_A, own_B, rows_A, rows_B) in enumerate(sides):
+            A, B = smoothed(own_A, rows_A, l), smoothed(own_B, rows_B, l)
             Q = Q + n * A.repeat_interleave(c, 0).repeat_interleave(c, 1) * B
         return Q
 

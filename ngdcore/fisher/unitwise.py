@@ -94,7 +94,7 @@ class UnitWise(WeightSide):
         if alike:
             solve = inverse_spd(A, guard)
             return lambda r: solve(r / activity.T)
-        roots = activity.sqrt()
+        roots = activity.sqrt().contiguous()
         inverse_roots = torch.where(activity > 0, 1 / roots, 0.0).T
 
         def factors():
@@ -106,7 +106,8 @@ class UnitWise(WeightSide):
         again = factorised(factors, numbers)
 
         def weights(r: Float[Tensor, "*k N units"]) -> Float[Tensor, "*k N units"]:
-            columns = (inverse_roots * r).reshape(-1, *roots.T.shape).permute(2, 1, 0)
+            columns = (inverse_roots * r).reshape(-1, *roots.T.shape)
+            columns = columns.permute(2, 1, 0).contiguous()
             parts, start = [], 0
             for t, solve in again():
                 b = columns[start : start + len(t)]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..models import ACTIVATIONS, Erf, ShiftedReLU
+from ..models import Elementwise, Erf, ShiftedReLU, activation_maker
 
 __all__ = ["Dual", "Rectified", "ErfDual", "Shifted", "Hermite", "dual_of"]
 
@@ -493,19 +493,10 @@ def dual_of(activation) -> Dual:
     >>> dual_of("relu"), dual_of(torch.nn.LeakyReLU(0.2)), dual_of(torch.abs)
     (Rectified(0), Rectified(0.2), Rectified(-1))
     """
-    names = ACTIVATIONS | {"leaky_relu": nn.LeakyReLU, "abs": torch.abs}
-    phi = (
-        names.get(activation, activation) if isinstance(activation, str) else activation
-    )
-    if isinstance(phi, type) and issubclass(phi, nn.Module):
-        phi = phi()
-    if isinstance(phi, Dual):
-        return phi
-    if not callable(phi):
-        raise ValueError(
-            f"activation={activation!r} is unknown; use one of {sorted(names)}, an"
-            " elementwise module or function, or a kernels.Dual"
-        )
+    if isinstance(activation, Dual):
+        return activation
+    phi = activation_maker(activation)()
+    phi = phi.function if type(phi) is Elementwise else phi
     return _closed_form(phi) or Hermite(phi)
 
 
