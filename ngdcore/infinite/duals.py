@@ -199,7 +199,7 @@ class Shifted(Dual):
     --------
     >>> import torch
     >>> round(float(Shifted(1.0).rms(torch.ones(1).double())), 4)
-    0.2744
+    0.2745
     """
 
     def __init__(self, shift: float):
