@@ -311,7 +311,7 @@ def flow(
     times : sequence of float
         Where the solution is wanted, ascending from 0 on.
     method, rtol, atol :
-        Of `scipy.integrate.solve_ivp`.
+        Of `scipy.integrate.solve_ivp`; a velocity in float32 needs larger tolerances.
 
     Returns
     -------

@@ -165,10 +165,10 @@ def test_predict_is_the_dense_gaussian_process(fisher, c):
 
 @pytest.mark.parametrize("t", [3.0, 30.0])
 def test_predict_is_what_wide_nets_become(t):
-    """Means and variances of 600 two-layer networks trained by small steps."""
+    """Means and variances of 400 two-layer networks trained by small steps."""
     x = ngd.data.gaussian(4, 3, seed=1)
     x_test, y = ngd.data.gaussian(2, 3, seed=2), ngd.data.gaussian(4, 1, seed=3)
-    nets, width, steps = 600, 400, 150
+    nets, width, steps = 400, 200, 100
     draw = torch.Generator().manual_seed(0)
     W = torch.randn(nets, 3, width, generator=draw, dtype=torch.float64)
     v = torch.randn(nets, width, 1, generator=draw, dtype=torch.float64)
@@ -224,7 +224,12 @@ def test_flow_is_the_solver():
     assert np.array_equal(path.reshape(3, -1).numpy(), by_hand)
     assert relative(path[-1], torch.linalg.matrix_exp(2 * A) @ w0) < 1e-8
     parts = ngd.dynamics.flow(
-        lambda w: [A @ w[0], -w[1]], [w0.float(), torch.ones(())], times, "RK45"
+        lambda w: [A.float() @ w[0], -w[1]],
+        [w0.float(), torch.ones(())],
+        times,
+        "RK45",
+        rtol=1e-4,
+        atol=1e-4,
     )
     assert [p.shape for p in parts] == [(3, 3, 2), (3,)]
     assert [p.dtype for p in parts] == [torch.float32] * 2

@@ -7,7 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -35,11 +35,11 @@ def test_analytic_is_the_wide_limit(activation, bias_var, outputs):
     """Deviation falls like width^-1/2: slope of the log of the mean over seeds, with
     its standard error. A row of zeros is among the inputs.
     """
-    x, widths = ngd.data.gaussian(5, 4, seed=1), (32, 128, 512)
+    x, widths = ngd.data.gaussian(5, 4, seed=1), (24, 96, 384)
     x[2] = 0
     limit = ngd.kernels.analytic(x, 3, activation, 1.8, bias_var, outputs)
-    errors = torch.zeros(12, len(widths), dtype=torch.float64)
-    for seed in range(12):
+    errors = torch.zeros(8, len(widths), dtype=torch.float64)
+    for seed in range(8):
         for k, m in enumerate(widths):
             net = ngd.models.MLP(
                 [4, m, m, outputs], activation, 1.8, bias_var, seed=seed
@@ -48,7 +48,7 @@ def test_analytic_is_the_wide_limit(activation, bias_var, outputs):
                 ngd.kernels.empirical(ngd.signals(net, x)).gram(), limit.gram()
             )
     slopes = (errors[:, -1] / errors[:, 0]).log() / math.log(widths[-1] / widths[0])
-    assert abs(slopes.mean() + 0.5) < 4 * slopes.std() / math.sqrt(12) + 0.02
+    assert abs(slopes.mean() + 0.5) < 4 * slopes.std() / math.sqrt(8) + 0.02
     assert errors[:, -1].mean() < 0.15
 
 
@@ -171,6 +171,7 @@ sizes = st.tuples(
 )
 
 
+@settings(max_examples=20)
 @given(sizes)
 def test_permutation_and_rotation(case):
     n, d, m, seed = case
@@ -385,7 +386,7 @@ def test_a_dual_of_ones_own_and_pickles():
 def test_nngp_is_the_covariance_of_outputs():
     x = ngd.data.gaussian(3, 4)
     fac = ngd.kernels.analytic(x, 3, "relu", 1.8, 0.2, outputs=2)
-    nets = [ngd.models.MLP([4, 200, 200, 2], weight_var=1.8, bias_var=0.2, seed=s)
+    nets = [ngd.models.MLP([4, 80, 80, 2], weight_var=1.8, bias_var=0.2, seed=s)
             for s in range(400)]  # fmt: skip
     outputs = torch.cat([net(x).detach().T for net in nets])
     error = (outputs.T @ outputs / len(outputs) - fac.nngp()).abs()
@@ -446,7 +447,7 @@ def test_zero_rows():
     x[1] = 0
     near = x.clone()
     near[1] = 1e-13 * x[0]
-    for phi in ("relu", "abs", "erf", "tanh", "identity", SHIFTED(0.5), torch.cos):
+    for phi in ("relu", "abs", "erf", "tanh", "identity", SHIFTED(-0.5), torch.cos):
         for bias_var in (0.0, 0.1):
             fac = ngd.kernels.analytic(x, 3, phi, 1.5, bias_var)
             limit = ngd.kernels.analytic(near, 3, phi, 1.5, bias_var).gram()

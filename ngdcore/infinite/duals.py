@@ -115,12 +115,16 @@ class Rectified(Dual):
         even = ((1 - self.negative_slope) / 2) ** 2 * 2 / math.pi
         if even == 0:
             return t, torch.ones_like(t)
-        cosine = 1 - t
-        sine = (2 - t).mul_(t).clamp_min_(0).sqrt_()
-        angle = torch.atan2(sine, cosine)
-        slope = self._at_zero(left, right, self._power - even * angle)
-        rise = sine.sub_(angle.mul_(cosine))
-        return torch.add(t, rise, alpha=-even / self._power), slope
+        rise, angle = _even_part(t)
+        rise = torch.add(t, rise, alpha=-even / self._power)
+        if self.negative_slope < 0:  # opposite rows (nearly) meet: formed as equal ones
+            odd = ((1 + self.negative_slope) / 2) ** 2
+            mirror = (
+                _even_part(2 - t)[0].mul_(-even).add_((self._power - odd) * (2 - t))
+            )
+            rise = torch.where(t > 1, (mirror + odd * t) / self._power, rise)
+        slope = self._power - even * angle
+        return rise, self._at_zero(left, right, slope)
 
     def _at_zero(self, left, right, slope):
         """The slopes (n, m), with the derivative at 0 that torch uses for rows that
@@ -131,6 +135,14 @@ class Rectified(Dual):
         kink = 0.0 if self.negative_slope == -1 else self.negative_slope
         row, column = (torch.where(z == 1, kink, mean) for z in (left, right.mT))
         return torch.where((left + right.mT) > 0, row * column, slope)
+
+
+def _even_part(t: Tensor) -> tuple[Tensor, Tensor]:
+    """sin - angle cos, and the angle, whose cosine is 1 - t; shapes of t."""
+    cosine = 1 - t
+    sine = (2 - t).mul_(t).clamp_min_(0).sqrt_()
+    angle = torch.atan2(sine, cosine)
+    return sine.sub_(cosine.mul_(angle)), angle
 
 
 class ErfDual(Dual):
