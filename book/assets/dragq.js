@@ -235,6 +235,8 @@
       Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
   }
 
+  const SEED = 0;
+
   /* Weights of a ReLU network 2 - width - ... - width - 1, rows x columns a layer. */
   function network(width, depth, seed) {
     const draw = gaussian(1000003 * seed + 7 * depth + width);
@@ -245,45 +247,66 @@
     });
   }
 
+  /* W x, for W by rows; and W^T y. */
+  function times({ rows, columns, W }, x) {
+    const y = new Float64Array(rows);
+    for (let o = 0, k = 0; o < rows; o++) {
+      let sum = 0;
+      for (let i = 0; i < columns; i++, k++) sum += W[k] * x[i];
+      y[o] = sum;
+    }
+    return y;
+  }
+
+  function timesTransposed({ rows, columns, W }, y) {
+    const x = new Float64Array(columns);
+    for (let o = 0, k = 0; o < rows; o++)
+      for (let i = 0; i < columns; i++, k++) x[i] += W[k] * y[o];
+    return x;
+  }
+
   /* Outputs, and of every layer the inputs H (with their scale) and the outputs'
      gradients at its pre-activations D, one array an image. */
   function signals(layers, inputs) {
     const depth = layers.length,
       H = layers.map(() => []),
       D = layers.map(() => []);
+    const scale = layers.map(({ columns }) => Math.sqrt(2 / columns));
     const outputs = inputs.map((x, n) => {
-      let h = Float64Array.from(x),
-        u;
-      const open = [];
-      layers.forEach(({ rows, columns, W }, l) => {
-        const scale = Math.sqrt(2 / columns);
-        H[l][n] = h.map(value => scale * value);
-        u = new Float64Array(rows);
-        for (let o = 0, k = 0; o < rows; o++)
-          for (let i = 0; i < columns; i++, k++) u[o] += W[k] * H[l][n][i];
-        open.push(u.map(value => (value > 0 ? 1 : 0)));
-        h = u.map(value => Math.max(value, 0));
-      });
+      let h = Float64Array.from(x);
+      for (let l = 0; l < depth; l++) {
+        for (let i = 0; i < h.length; i++) h[i] *= scale[l];
+        H[l][n] = h;
+        h = times(layers[l], h);
+        if (l < depth - 1) for (let i = 0; i < h.length; i++) if (!(h[i] > 0)) h[i] = 0;
+      }
       D[depth - 1][n] = Float64Array.of(1);
       for (let l = depth - 1; l > 0; l--) {
-        const { rows, columns, W } = layers[l],
-          scale = Math.sqrt(2 / columns);
-        const d = new Float64Array(columns);
-        for (let o = 0, k = 0; o < rows; o++)
-          for (let i = 0; i < columns; i++, k++) d[i] += W[k] * D[l][n][o];
-        D[l - 1][n] = d.map((value, i) => scale * value * open[l - 1][i]);
+        const d = timesTransposed(layers[l], D[l][n]),
+          inner = H[l][n];
+        for (let i = 0; i < d.length; i++) d[i] = inner[i] > 0 ? scale[l] * d[i] : 0;
+        D[l - 1][n] = d;
       }
-      return u[0];
+      return h[0];
     });
     return { outputs, H, D };
   }
 
-  const inner = X =>
-    X.map(x => X.map(y => x.reduce((sum, value, i) => sum + value * y[i], 0)));
+  function dot(x, y) {
+    let sum = 0;
+    for (let i = 0; i < x.length; i++) sum += x[i] * y[i];
+    return sum;
+  }
+
+  const inner = X => X.map(x => X.map(y => dot(x, y)));
+
+  /* Whether an iterate has arrived, or has left for good. */
+  const gone = (f, start, star) =>
+    !(size(minus(f, star)) > 0.003 * size(minus(start, star)) && size(f) < 20);
 
   /* Train a network of settings.width on the two images from settings.start to
      settings.star: outputs are counted from where the network's own ones began. */
-  function train(settings, layers) {
+  function train(settings) {
     const { method, depth, width, cosine, damping, start, star, steps } = settings;
     const eta = settings.eta ?? settings.step * bestStep(spectrum(qOf(settings)));
     const inputs = [
@@ -291,10 +314,7 @@
         [cosine, Math.sqrt(1 - cosine * cosine)],
       ],
       path = [start];
-    layers = (layers ?? network(width, depth, settings.seed ?? 0)).map(layer => ({
-      ...layer,
-      W: layer.W.slice(),
-    }));
+    const layers = network(width, depth, SEED);
     let now = signals(layers, inputs);
     const first = now.outputs;
     for (let t = 0; t < steps; t++) {
@@ -306,7 +326,7 @@
       layers.forEach((layer, l) => descend(layer, eta, now.D[l], V[l], now.H[l]));
       now = signals(layers, inputs);
       path.push(now.outputs.map((f, n) => f - first[n] + start[n]));
-      if (!(size(path[t + 1]) < 1e3)) break;
+      if (gone(path[t + 1], start, star)) break;
     }
     return path;
   }
@@ -314,9 +334,14 @@
   /* W <- W - eta D^T V H */
   function descend({ rows, columns, W }, eta, D, V, H) {
     V.forEach((v, n) => {
-      const h = H[0].map((a, i) => eta * (v[0] * a + v[1] * H[1][i]));
-      for (let o = 0, k = 0; o < rows; o++)
-        for (let i = 0; i < columns; i++, k++) W[k] -= D[n][o] * h[i];
+      const d = D[n],
+        h = new Float64Array(columns);
+      for (let i = 0; i < columns; i++) h[i] = eta * (v[0] * H[0][i] + v[1] * H[1][i]);
+      for (let o = 0, k = 0; o < rows; o++) {
+        if (!d[o])
+          k += columns; // a unit that is off
+        else for (let i = 0; i < columns; i++, k++) W[k] -= d[o] * h[i];
+      }
     });
   }
 
@@ -602,7 +627,7 @@
     }
 
     widths() {
-      return WIDTHS.filter(width => this.state.depth < 3 || width <= 512);
+      return WIDTHS.filter(width => this.state.depth < 3 || width <= 256);
     }
 
     // --- The skeleton
@@ -896,15 +921,30 @@
       const { state } = this,
         [main, grey] = this.results();
       const drawn = grey ? [grey, main] : [main];
-      const real =
-        state.width < Infinity
-          ? train({ ...this.settings(state.method), steps: 60 })
-          : null;
+      const real = state.width < Infinity ? this.trained() : null;
       this.drawWords(main, grey, real);
       this.drawPlane(drawn, real);
       this.drawEllipse(drawn);
       this.drawBars(grey ? [main, grey] : [main]);
       this.second.setAttribute("href", picture(Math.max(state.likeness, ALIKE)));
+    }
+
+    /* The network's path; where that takes long, once the hand has come to rest. */
+    trained() {
+      const settings = { ...this.settings(this.state.method), steps: 60 };
+      const key = JSON.stringify(settings),
+        cached = this.known?.key === key;
+      clearTimeout(this.rest);
+      if (cached) return this.known.path;
+      if (this.slow && this.awaited !== key) {
+        this.awaited = key;
+        this.rest = setTimeout(() => this.draw(), 150);
+        return null;
+      }
+      const begin = performance.now();
+      this.known = { key, path: train(settings) };
+      this.slow = performance.now() - begin > 50;
+      return this.known.path;
     }
 
     drawWords(main, grey, real) {
@@ -917,7 +957,7 @@
         const { start, star, width } = this.state,
           whole = size(minus(start, star));
         const arrived = real.findIndex(f => size(minus(f, star)) <= 0.010001 * whole);
-        const lost = size(real.at(-1)) < 1e3 ? `over ${real.length - 1}` : "never";
+        const lost = size(real.at(-1)) < 20 ? `over ${real.length - 1}` : "never";
         words.splice(
           1,
           0,
@@ -1145,12 +1185,9 @@
     }
   }
 
-  /* The part of a path worth drawing: until it has arrived, or has left for good. */
+  /* The part of a path worth drawing. */
   function visible(path, star) {
-    const whole = size(minus(path[0], star)) || 1;
-    const end = path.findIndex(
-      f => !(size(minus(f, star)) > 0.003 * whole) || size(f) > 20,
-    );
+    const end = path.findIndex(f => gone(f, path[0], star));
     return (end < 0 ? path : path.slice(0, end + 1)).filter(f => size(f) < 1e4);
   }
 
