@@ -283,10 +283,13 @@ def test_start_and_target_move(visit, hand, theme, width):
         handle = tab.locator(".dragq").first.locator(kind)
         handle.scroll_into_view_if_needed()
         before, scrolled = look(tab), tab.evaluate("scrollY")
-        hand(tab, handle, (30, -20))
+        hand(tab, handle, (60, -50))
+        tab.wait_for_timeout(100)
         after = settled(tab, before, ["path", name])
         moved = np.subtract(after["settings"][name], before["settings"][name])
-        assert moved[0] > 0.05 and moved[1] > 0.05
+        unit = 97 / 440 * tab.locator(".dq-plane").first.bounding_box()["width"]
+        by = (0.1, 0.11) if hand is by_keyboard else (60 / unit, 50 / unit)
+        np.testing.assert_allclose(moved, by, rtol=0, atol=0.021)
         assert after["ellipse"] == before["ellipse"]  # Q does not know the target
         assert tab.evaluate("scrollY") == scrolled
 

@@ -754,6 +754,9 @@
         handle.focus({ preventScroll: true });
         event.preventDefault();
       });
+      // or the page scrolls: touch-action in CSS does not hold for parts of an SVG
+      const still = event => event.preventDefault();
+      handle.addEventListener("touchstart", still, { passive: false });
       handle.addEventListener("pointermove", event => {
         if (handle.hasPointerCapture(event.pointerId)) move(event);
       });
