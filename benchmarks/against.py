@@ -166,11 +166,33 @@ def compare(sides, name, blocks):
     )
 
 
+def start(root):
+    """The process of one side."""
+    return subprocess.Popen(
+        [sys.executable, __file__, root, "--serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+
+
+def unpack(commit, folder):
+    """The package of another commit, with its data, laid into a folder."""
+    parts = "ngdcore data book".split()
+    archive = subprocess.run(
+        ["git", "-C", ROOT, "archive", commit, *parts],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("commit", help="what to stand beside, or --serve FOLDER")
+    parser.add_argument("commit", help="what to stand beside")
     parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -178,27 +200,8 @@ def main():
     if options.serve:
         return serve(options.commit)
     with tempfile.TemporaryDirectory() as folder:
-        archive = [
-            "git",
-            "-C",
-            ROOT,
-            "archive",
-            options.commit,
-            "ngdcore",
-            "data",
-            "book",
-        ]
-        packed = subprocess.run(archive, check=True, stdout=subprocess.PIPE).stdout
-        subprocess.run(["tar", "-x", "-C", folder], input=packed, check=True)
-        sides = {"here": str(ROOT), "there": folder}
-        for side, root in sides.items():
-            sides[side] = subprocess.Popen(
-                [sys.executable, __file__, root, "--serve"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"PYTHONPATH": root},
-            )
+        unpack(options.commit, folder)
+        sides = {"here": start(str(ROOT)), "there": start(folder)}
         for name in options.workloads or WORKLOADS:
             here, there, rate, counts = compare(sides, name, options.blocks)
             print(

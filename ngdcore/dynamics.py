@@ -76,11 +76,7 @@ def trajectory(
     >>> ngd.dynamics.trajectory(Q, 0 * y, y, 0.5, [1, math.inf])[:, 0, 0].tolist()
     [0.5, 1.0]
     """
-    if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (y.numel(), y.numel()):
-        raise ValueError(
-            "f0 and y must be (N, C) and Q (NC, NC), not"
-            f" {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
-        )
+    _check_shapes(Q, f0, y, Q_test)
     times, r0 = _times(steps, lr), (f0 - y).reshape(-1)
     if torch.allclose(Q, Q.T, rtol=1e-9, atol=1e-12 * float(Q.abs().max())):
         values, vectors = torch.linalg.eigh((Q + Q.T) / 2)
@@ -92,12 +88,21 @@ def trajectory(
     outputs = y + residuals.view(-1, *y.shape)
     if Q_test is None:
         return outputs
-    if Q_test.ndim != 2 or Q_test.shape[1] != len(r0) or Q_test.shape[0] % y.shape[1]:
-        raise ValueError(
-            f"Q_test must be (N'C, NC) = (., {len(r0)}), not {tuple(Q_test.shape)}"
-        )
     start = Q.new_zeros(len(Q_test)) if f0_test is None else f0_test.reshape(-1)
     return outputs, (start - sums @ Q_test.T).view(len(times), -1, y.shape[1])
+
+
+def _check_shapes(Q, f0, y, Q_test) -> None:
+    """Raise unless f0, y are (N, C), Q is (NC, NC) and Q_test (N'C, NC) or None."""
+    nc = y.numel()
+    if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (nc, nc):
+        raise ValueError(
+            "f0 and y must be (N, C) and Q (NC, NC), not"
+            f" {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
+        )
+    shape = (0, nc) if Q_test is None else tuple(Q_test.shape)
+    if len(shape) != 2 or shape[1] != nc or shape[0] % y.shape[1]:
+        raise ValueError(f"Q_test must be (N'C, NC) = (., {nc}), not {shape}")
 
 
 def _times(steps, lr) -> list[float]:
@@ -112,6 +117,7 @@ def _times(steps, lr) -> list[float]:
 
 
 def _refuse(steps):
+    """Raise for steps that are no times."""
     raise ValueError(
         f"steps={steps} must be a whole number of steps, or ascending whole step counts"
         " from 0 on, math.inf for the limit; for times in between take the gradient"
@@ -253,15 +259,7 @@ def predict(
     >>> torch.allclose(mean, y), bool(variance.abs().max() < 1e-9)
     (True, True)
     """
-    if not isinstance(factors, Factors) or factors.train.signals is not None:
-        raise TypeError(
-            "factors must be analytic, of infinitely wide networks; for one finite"
-            " network see dynamics.trajectory"
-        )
-    if y.ndim != 2 or len(y) != factors.columns:
-        raise ValueError(
-            f"y must be (N, C) with N = {factors.columns}, not {tuple(y.shape)}"
-        )
+    _check_ensemble(factors, y)
     rows = factors.scalar or factors
     train, ts = rows.train, _times(times, None)
     Q, Q_rows = _coefficients(rows, fisher, damping)
@@ -278,6 +276,19 @@ def predict(
     mean, variance = torch.stack(means), torch.stack(variances).clamp_min(0)
     single = isinstance(times, Real)
     return Prediction(mean[0], variance[0]) if single else Prediction(mean, variance)
+
+
+def _check_ensemble(factors, y) -> None:
+    """Raise unless the factors are analytic and y has a row (C) for each column."""
+    if not isinstance(factors, Factors) or factors.train.signals is not None:
+        raise TypeError(
+            "factors must be analytic, of infinitely wide networks; for one finite"
+            " network see dynamics.trajectory"
+        )
+    if y.ndim != 2 or len(y) != factors.columns:
+        raise ValueError(
+            f"y must be (N, C) with N = {factors.columns}, not {tuple(y.shape)}"
+        )
 
 
 def _coefficients(rows, fisher, damping):
@@ -345,23 +356,24 @@ def flow(
         pieces = torch.from_numpy(np.array(theta)).split(sizes)
         return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
 
-    def pack(weights):
-        flat = [w.detach().reshape(-1).double().cpu() for w in weights]
-        return torch.cat(flat).numpy()
-
     def slope(_, theta):
         weights = unpack(theta)
         change = [velocity(weights[0])] if single else list(velocity(weights))
         if [c.shape for c in change] != [p.shape for p in parts]:
             raise ValueError("velocity must return tensors shaped like its weights")
-        return pack(change)
+        return _pack(change)
 
-    done = solve_ivp(slope, (0, ts[-1]), pack(parts), method, ts, rtol=rtol, atol=atol)
+    done = solve_ivp(slope, (0, ts[-1]), _pack(parts), method, ts, rtol=rtol, atol=atol)
     if not done.success:
         raise ArithmeticError(f"the flow stopped before t={ts[-1]:g}: {done.message}")
     paths = [unpack(theta) for theta in done.y.T]
     made = [torch.stack(path) for path in zip(*paths)]
     return made[0] if single else made
+
+
+def _pack(weights: Sequence[Tensor]) -> np.ndarray:
+    """Weights of any shapes as one vector of float64 on the CPU."""
+    return torch.cat([w.detach().reshape(-1).double().cpu() for w in weights]).numpy()
 
 
 def gd_lr(gram: Tensor, n: int) -> float:

@@ -220,18 +220,8 @@ class MLP(nn.Sequential):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
     ):
-        widths = _check_widths(widths)
-        make = activation_maker(activation)
-        if parameterization not in ("ntk", "standard"):
-            raise ValueError(
-                f"parameterization={parameterization!r} is unknown; use 'ntk' or "
-                "'standard'"
-            )
-        if not (weight_var > 0 and bias_var >= 0):
-            raise ValueError(
-                f"weight_var={weight_var} must be positive and bias_var={bias_var} "
-                "not negative"
-            )
+        widths, make = _check_widths(widths), activation_maker(activation)
+        _check_law(parameterization, weight_var, bias_var)
         super().__init__()
         generator, ntk = _generator(seed), parameterization == "ntk"
         bias = bias_var > 0 if bias is None else bias
@@ -246,6 +236,19 @@ class MLP(nn.Sequential):
             if bias:
                 _fill(layer.bias, _normal((fan_out,), generator) * shift)
             self.extend([layer] if len(self) == 0 else [make(), layer])
+
+
+def _check_law(parameterization, weight_var, bias_var) -> None:
+    """Raise for a parameterisation or variances that do not exist."""
+    if parameterization not in ("ntk", "standard"):
+        raise ValueError(
+            f"parameterization={parameterization!r} is unknown; use 'ntk' or 'standard'"
+        )
+    if not (weight_var > 0 and bias_var >= 0):
+        raise ValueError(
+            f"weight_var={weight_var} must be positive and bias_var={bias_var} "
+            "not negative"
+        )
 
 
 class TwoLayerReLU(nn.Sequential):
@@ -425,6 +428,7 @@ def activation_maker(activation) -> Callable[[], nn.Module]:
 
 
 def _check_widths(widths) -> list[int]:
+    """Two or more whole numbers from 1 on, as ints."""
     widths = list(widths)
     if len(widths) < 2 or any(not isinstance(w, Integral) or w < 1 for w in widths):
         raise ValueError(

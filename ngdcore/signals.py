@@ -1010,11 +1010,10 @@ def _compare_gradients(sig, names, run, x, generator) -> bool:
     layer has a gradient there.
     """
     outputs, inputs, edges = run
-    a, z = (
-        torch.randn(size, generator=generator, dtype=torch.float64).to(sig.outputs)
-        for size in (len(outputs), sig.c)
-    )
-    pulled = _gradients(outputs, edges, names, z.expand(len(outputs), -1))
+    sizes = len(outputs), sig.c
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    a, z = (draw(size).to(sig.outputs) for size in sizes)
+    pulled = _gradients(outputs, edges, names, z.expand(sizes))
     with torch.enable_grad():
         target = (outputs * a[:, None] * z).sum()
     grads = torch.autograd.grad(

@@ -81,7 +81,10 @@ def _exact_relu_ntk(x, i, j, depth, weight_var, bias_var):
     """The ReLU tangent kernel in 50-digit arithmetic, for one pair of rows."""
     mpmath.mp.dps = 50
     u, w = ([mpmath.mpf(float(v)) for v in x[k]] for k in (i, j))
-    cov = lambda a, b: weight_var * sum(p * q for p, q in zip(a, b)) / len(a) + bias_var  # noqa: E731
+
+    def cov(a, b):
+        return weight_var * sum(p * q for p, q in zip(a, b)) / len(a) + bias_var
+
     k = [cov(u, u), cov(u, w), cov(w, w)]
     weight_var, bias_var = mpmath.mpf(weight_var), mpmath.mpf(bias_var)
     forward, slopes = [k[1]], []
@@ -425,7 +428,8 @@ def test_outputs_are_one_problem(monkeypatch):
     assert relative(many.gram(), torch.kron(one.gram(), eye)) < 1e-15
     assert relative(many.B(0), torch.kron(one.B(0), eye)) < 1e-15
     assert torch.equal(many.A(0), one.A(0)) and one.scalar is None
-    assert relative(many.cross(other).gram(), torch.kron(one.cross(other).gram(), eye)) < 1e-15  # fmt: skip # noqa: E501
+    across = torch.kron(one.cross(other).gram(), eye)
+    assert relative(many.cross(other).gram(), across) < 1e-15
     gram, sizes = recursion._Analytic._assemble, []
     monkeypatch.setattr(
         recursion._Analytic,
@@ -487,6 +491,10 @@ def test_every_scale_that_fits():
         assert relative(K.double() / factor, plain) < tolerance
     K = ngd.kernels.analytic(2 * x[:1].float(), 80, "relu", 1.0).gram()
     assert float(K) == pytest.approx(80 * 2 * 2**-80, rel=1e-4)
+
+
+def test_small_inputs_make_linear_nets():
+    x = ngd.data.sphere(5, 4)
     for phi in ("erf", "tanh", "abs", torch.sin):  # near zero the net is linear
         K, plain = (
             ngd.kernels.analytic(z, 3, f, 1.3).gram()

@@ -724,6 +724,8 @@ def test_a_verdict_holds_for_what_was_looked_at():
             seen.append(False)
     assert not all(seen)
 
+
+def test_a_verdict_holds_for_the_mode_and_the_trained_set():
     module = made(
         lambda: Net(
             lambda m, x: m.c((lambda h: h - h.mean(0) if m.training else h)(m.a(x))),
@@ -731,6 +733,7 @@ def test_a_verdict_holds_for_what_was_looked_at():
             c=nn.Linear(6, 3),
         )
     ).eval()
+    x = x_for(module)
     for _ in range(3):
         assert kernel_error(module, x) < 1e-10
     with pytest.raises(TypeError, match="batch"):
@@ -955,6 +958,10 @@ def test_signals_refuse():
         ngd.signals(x, module)
     with pytest.raises(ValueError, match="meta"):
         ngd.signals(nn.Linear(3, 1, device="meta"), x)
+
+
+def test_signals_refuse_modes_without_autograd():
+    module, x = ngd.models.MLP([3, 4, 1]), ngd.data.gaussian(4, 3)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         ngd.signals(module, x)
     with torch.inference_mode():

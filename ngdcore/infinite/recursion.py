@@ -145,6 +145,7 @@ class _Analytic(Factors):
         return super().layers(only)
 
     def _gram_tile(self, rows, columns, out):
+        """The Gram's tile into out[0], (n, 1, m, 1): Horner's rule over the layers."""
         K, before = None, None
         for A, slope in self._sweep(rows, columns, self.depth):
             K = A if K is None else torch.addcmul(A, before, K)
@@ -152,6 +153,7 @@ class _Analytic(Factors):
         out[0][:, 0, :, 0] = K
 
     def _layer_tiles(self, rows, columns, layers, out):
+        """The tiles A_l B_l of these layers, (n, 1, m, 1) each, into out."""
         A, slopes = zip(*self._sweep(rows, columns, self.depth))
         B, wanted = None, dict(zip(layers, out))
         for l in reversed(range(min(layers), self.depth)):
@@ -160,6 +162,7 @@ class _Analytic(Factors):
                 wanted[l][:, 0, :, 0] = A[l] if B is None else A[l] * B
 
     def _all_A(self, layers):
+        """A_l of these layers, (rows, columns) each, in one recursion."""
         self._check(lambda rows: [rows.diagonals()[0][l] for l in layers])
 
         def write(r, s, out):
@@ -170,6 +173,7 @@ class _Analytic(Factors):
         return self._assemble(write, len(layers), c=1)
 
     def _all_B(self, layers):
+        """B_l of these layers, (rows C, columns C) each, in one recursion."""
         self._check(lambda rows: [rows.diagonals()[1][l] for l in layers])
 
         def write(r, s, out):
