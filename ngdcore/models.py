@@ -231,10 +231,7 @@ class MLP(nn.Sequential):
             layer = Linear(
                 fan_in, fan_out, bias=bias, dtype=dtype, device=device, **scales
             )
-            spread, shift = (1.0, 1.0) if ntk else (spread, shift)
-            _fill(layer.weight, _normal((fan_out, fan_in), generator).mul_(spread))
-            if bias:
-                _fill(layer.bias, _normal((fan_out,), generator) * shift)
+            _draw(layer, generator, *((1.0, 1.0) if ntk else (spread, shift)))
             self.extend([layer] if len(self) == 0 else [make(), layer])
 
 
@@ -444,6 +441,13 @@ def _generator(seed: int) -> torch.Generator:
 
 def _normal(shape, generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _draw(layer, generator, spread: float, shift: float) -> None:
+    """Normal weights and biases with these standard deviations."""
+    _fill(layer.weight, _normal(layer.weight.shape, generator).mul_(spread))
+    if layer.bias is not None:
+        _fill(layer.bias, _normal(layer.bias.shape, generator) * shift)
 
 
 def _fill(parameter: Tensor, value: Tensor) -> None:

@@ -120,7 +120,11 @@ class Signals:
         """The trained parameters, in the order of `vjp`: layer by layer, the weight
         before the bias.
         """
-        return [p for m, H in zip(self.layers, self.H) for p, _ in _trained(m, H)]
+        return [
+            param
+            for layer, H in zip(self.layers, self.H)
+            for param, _ in _trained(layer, H)
+        ]
 
     @cached_property
     def D(self) -> list[Float[Tensor, "NC _M_out"]]:
@@ -330,7 +334,7 @@ class Signals:
         >>> torch.allclose(sig.jvp(d).flatten(), K.sum(1))
         True
         """
-        shapes = [tuple(p.shape) for p in self.params]
+        shapes = [tuple(param.shape) for param in self.params]
         if [tuple(d.shape) for d in direction] != shapes:
             raise ValueError(
                 f"direction must have the trained parameters' shapes {shapes}"
@@ -443,7 +447,7 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     sig = Signals(
         parts.net,
         outputs.detach(),
-        [_columns(m, h, x) for m, h in zip(layers, inputs)],
+        [_columns(layer, h, x) for layer, h in zip(layers, inputs)],
         list(layers),
         outputs.shape[1],
         linear,
@@ -639,10 +643,10 @@ def _survey(net) -> _Parts:
     modules = [(name or "net", module) for name, module in net.named_modules()]
     params, buffers = (
         [
-            (f"{name}.{key}", t)
+            (f"{name}.{key}", tensor)
             for name, module in modules
-            for key, t in getattr(module, kind).items()
-            if t is not None
+            for key, tensor in getattr(module, kind).items()
+            if tensor is not None
         ]
         for kind in ("_parameters", "_buffers")
     )
@@ -669,8 +673,9 @@ def _unwrap(net) -> nn.Module:
 def _eager(parts):
     """Compiled parts run as they are written, since compiled ones call no hooks."""
     compiled = any(
-        type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None
-        for _, m in parts.modules
+        type(module).__name__ == "OptimizedModule"
+        or module._compiled_call_impl is not None
+        for _, module in parts.modules
     )
     if not compiled:
         yield
@@ -688,12 +693,12 @@ def _trained_layers(parts) -> dict[nn.Linear, str]:
     layers = {}
     for name, module in parts.modules:
         _check_module(name, module)
-        for key, p in module._parameters.items():
-            if isinstance(p, nn.parameter.UninitializedParameter):
+        for key, param in module._parameters.items():
+            if isinstance(param, nn.parameter.UninitializedParameter):
                 raise ValueError(
                     f"{name}.{key} has no shape yet; run a forward pass first: net(x)"
                 )
-            if p is not None and p.requires_grad:
+            if param is not None and param.requires_grad:
                 _check_plain(name, key, module)
                 layers[module] = name
     if not layers:
@@ -762,11 +767,15 @@ def _check_plain(name, key, module) -> None:
 def _check_memory(parts) -> None:
     """Raise when a trained parameter shares memory with another parameter or buffer."""
     tensors, last = [*parts.params, *parts.buffers], None
-    spans = [(str(t.device), *_span(n, t), n, t) for n, t in tensors if t.numel()]
+    spans = [
+        (str(tensor.device), *_span(n, tensor), n, tensor)
+        for n, tensor in tensors
+        if tensor.numel()
+    ]
     for span in sorted(spans, key=lambda span: span[:3]):
-        device, low, high, name, t = span
+        device, low, high, name, tensor = span
         reached = last is not None and device == last[0] and low < last[2]
-        if reached and (t.requires_grad or last[4].requires_grad):
+        if reached and (tensor.requires_grad or last[4].requires_grad):
             raise TypeError(
                 f"{last[3]} and {name} are tied (they share memory), so that their "
                 "Jacobians would have to be added; untie them: clone one"
@@ -775,25 +784,32 @@ def _check_memory(parts) -> None:
             last = span
 
 
-def _span(name, t) -> tuple[int, int]:
+def _span(name, tensor) -> tuple[int, int]:
     """The addresses where a tensor begins and ends."""
-    if t.is_meta or t.layout != torch.strided:
+    if tensor.is_meta or tensor.layout != torch.strided:
         raise ValueError(f"{name} is on the meta device or sparse; materialise it")
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())
+    )
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _check_inputs(parts, x) -> Tensor:
     """x, detached, after a look at the mode, at all dtypes and at x itself."""
-    _check_mode(any(t.is_inference() for _, t in (*parts.params, *parts.buffers)))
-    trained = [(name, p) for name, p in parts.params if p.requires_grad]
+    _check_mode(
+        any(tensor.is_inference() for _, tensor in (*parts.params, *parts.buffers))
+    )
+    trained = [(name, param) for name, param in parts.params if param.requires_grad]
     name, like = trained[0]
     if torch.is_autocast_enabled(like.device.type):
         raise ValueError("signals need one dtype throughout: leave torch.autocast")
-    for other, p in trained:
-        if (p.dtype, p.device) != (like.dtype, like.device) or p.is_complex():
+    for other, param in trained:
+        if (param.dtype, param.device) != (
+            like.dtype,
+            like.device,
+        ) or param.is_complex():
             raise ValueError(
-                f"{other} is {p.dtype} on {p.device}, {name} {like.dtype} on "
+                f"{other} is {param.dtype} on {param.device}, {name} {like.dtype} on "
                 f"{like.device}; signals need one real dtype and device: net.to(...)"
             )
     if not isinstance(x, Tensor) or x.ndim < 2:
@@ -888,7 +904,7 @@ def _check_outputs(parts, outputs, x) -> None:
             "net(x) carries no gradient: its forward detaches, or runs under no_grad"
         )
     if not _finite(outputs.detach()):
-        bad = [name for name, p in parts.params if not _finite(p.detach())]
+        bad = [name for name, param in parts.params if not _finite(param.detach())]
         why = f"{bad[0]} does (was it drawn?)" if bad else "weights or x are too large"
         raise ValueError(f"net(x) holds NaN or infinity: {why}")
 
@@ -898,7 +914,9 @@ def _check_outputs(parts, outputs, x) -> None:
 
 def _versions(parts, x) -> dict[str, int]:
     """Version counters of what a forward pass may not write to."""
-    versions = {name: t._version for name, t in (*parts.params, *parts.buffers)}
+    versions = {
+        name: tensor._version for name, tensor in (*parts.params, *parts.buffers)
+    }
     return versions | {"its input x": x._version}
 
 
@@ -911,10 +929,16 @@ def _marks(parts) -> tuple:
     """Addresses and versions of all parameters and buffers, and some of their entries:
     version counters do not see edits through ``.data``.
     """
-    tensors = [t.detach() for _, t in (*parts.params, *parts.buffers) if t.numel()]
-    entries = [t.reshape(-1)[:: -(-t.numel() // SAMPLE)] for t in tensors]
+    tensors = [
+        tensor.detach()
+        for _, tensor in (*parts.params, *parts.buffers)
+        if tensor.numel()
+    ]
+    entries = [
+        tensor.reshape(-1)[:: -(-tensor.numel() // SAMPLE)] for tensor in tensors
+    ]
     return (
-        [(t.data_ptr(), t._version, t.dtype) for t in tensors],
+        [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors],
         [e.clone() for e in entries],
     )
 
@@ -942,17 +966,21 @@ def _facts(sig, parts) -> tuple:
     """
     modules = tuple(
         (
-            id(m),
-            m.training,
-            id(type(m).forward),
-            id(vars(m).get("forward")),
-            len(m._forward_hooks) + len(m._forward_pre_hooks),
+            id(module),
+            module.training,
+            id(type(module).forward),
+            id(vars(module).get("forward")),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
         )
-        for _, m in parts.modules
+        for _, module in parts.modules
     )
     tensors = tuple(
-        (id(t), t.requires_grad, -1 if t.requires_grad else t._version)
-        for _, t in (*parts.params, *parts.buffers)
+        (
+            id(tensor),
+            tensor.requires_grad,
+            -1 if tensor.requires_grad else tensor._version,
+        )
+        for _, tensor in (*parts.params, *parts.buffers)
     )
     return modules, tensors, sig.c, sig.outputs.dtype, sig.outputs.device
 
