@@ -164,8 +164,8 @@ class LayerWise(OutputSide):
         tensor([0.1550, 0.2489], dtype=torch.float64)
         """
         roots = []
-        for l in range(check_factors(factors).depth):
-            values, vectors = torch.linalg.eigh(factors.layer(l))
+        for K in check_factors(factors).layers():
+            values, vectors = torch.linalg.eigh(K)
             roots.append(vectors * values.clamp_min(0).sqrt())
         sigma, n = self._sigma(factors.depth).to(roots[0]), len(roots[0])
         rows = [
@@ -177,12 +177,12 @@ class LayerWise(OutputSide):
         return poles.flip(0) / factors.columns
 
     def _inverse(self, factors, damping):
-        sigma = self._sigma(factors.depth).to(factors.device, factors.dtype)
+        sigma, dtype = self._sigma(factors.depth).to(factors.device), factors.dtype
         if damping and torch.equal(sigma, sigma.diag().diag()):
-            return self._decoupled(factors, 1 / sigma.diag(), damping)
+            return self._decoupled(factors, (1 / sigma.diag()).to(dtype), damping)
         if damping:
             return self._coupled(factors, sigma, damping)
-        shares, null = _shares(sigma)
+        shares, null = (part.to(dtype) for part in _shares(sigma))
         if null.shape[1]:
             return self._shortest(factors, shares, null)
         return self._decoupled(factors, shares, 0.0)
@@ -191,9 +191,8 @@ class LayerWise(OutputSide):
         """One system a layer that moves, K_l + N rho share; v_l = its inverse on
         share r, (NC, k).
         """
-        inverses = {}
-        for l in shares.nonzero().flatten().tolist():
-            K = factors.layer(l)
+        inverses, moving = {}, shares.nonzero().flatten().tolist()
+        for l, K in zip(moving, factors.layers(moving)):
             K.diagonal().add_(factors.columns * damping * shares[l])
             inverses[l] = inverse_spd(K, self._guard(factors, f"layer {l}'s "))
 
@@ -213,8 +212,8 @@ class LayerWise(OutputSide):
         """
         moving = [l for l in range(len(shares)) if shares[l] or null[l].any()]
         solved = [
-            inverse_spd(factors.layer(l), self._guard(factors, f"layer {l}'s "))
-            for l in moving
+            inverse_spd(K, self._guard(factors, f"layer {l}'s "))
+            for l, K in zip(moving, factors.layers(moving))
         ]
         eye = torch.eye(factors.columns * factors.c).to(shares)
         inverses = {l: inverse(eye) for l, inverse in zip(moving, solved)}
@@ -242,12 +241,12 @@ class LayerWise(OutputSide):
         r"""Damped and coupled: Cholesky of the symmetric form, blockdiag(K_l) +
         N rho Sigma^-1 x I, for a positive definite sigma, LU otherwise.
         """
-        grams = [factors.layer(l) for l in range(factors.depth)]
+        grams = factors.layers()
         shift, size = factors.columns * damping, len(grams[0])
         if torch.linalg.eigvalsh(sigma)[0] > ZERO:
-            inverse = torch.linalg.inv(sigma).contiguous()
+            inverse = torch.linalg.inv(sigma).to(factors.dtype).contiguous()
             M = torch.block_diag(*grams)
-            M += shift * torch.kron(inverse, torch.eye(size).to(sigma))
+            M += shift * torch.kron(inverse, torch.eye(size).to(inverse))
             solved = inverse_spd(M, self._guard(factors, "the damped layer-wise "))
 
             def apply(rhs):
@@ -394,6 +393,6 @@ class BlockTridiagonal(LayerWise):
         return torch.ones(layers, layers, dtype=torch.float64).tril(1).triu(-1)
 
     def _coupled(self, factors, sigma, damping):
-        grams = [factors.layer(l) for l in range(factors.depth)]
+        grams = factors.layers()
         inverse = inverse_block_tridiagonal(grams, factors.columns * damping)
         return self._away_from_poles(factors, damping, inverse)
