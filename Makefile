@@ -13,6 +13,7 @@ book: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python notebooks/sync.py --check
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 # The .ipynb beside each chapter, made from its .md.

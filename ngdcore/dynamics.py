@@ -192,7 +192,7 @@ class Prediction(NamedTuple):
 
 def predict(
     factors: Factors,
-    y: Float[Tensor, "N C"],
+    y: Tensor,
     times: float | Sequence[float] = math.inf,
     fisher=None,
     damping: float = 0.0,
@@ -311,7 +311,7 @@ def flow(
     times : sequence of float
         Where the solution is wanted, ascending from 0 on.
     method, rtol, atol :
-        Of `scipy.integrate.solve_ivp`.
+        Of `scipy.integrate.solve_ivp`; a velocity in float32 needs larger tolerances.
 
     Returns
     -------

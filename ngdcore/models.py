@@ -6,6 +6,7 @@ modules; nothing else in the package knows them by name."""
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -88,7 +89,14 @@ class Elementwise(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "erf": Erf, "identity": nn.Identity}
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "abs": partial(Elementwise, torch.abs),
+    "tanh": nn.Tanh,
+    "erf": Erf,
+    "identity": nn.Identity,
+}
 
 
 class Linear(nn.Linear):
@@ -165,8 +173,9 @@ class MLP(nn.Sequential):
     widths : sequence of int
         Input size, hidden widths, number of outputs: ``[784, 4096, 4096, 1]`` has three
         weight matrices.
-    activation : {"relu", "tanh", "erf", "identity"}, nn.Module, class or callable
-        Used after every hidden layer: a name, an elementwise module such as
+    activation : str, nn.Module, class or callable
+        Used after every hidden layer: a name ("relu", "leaky_relu", "abs", "tanh",
+        "erf", "identity"), an elementwise module such as
         ``ShiftedReLU(0.5)`` (the same one everywhere), a class of such (``nn.GELU``),
         or a function (``torch.sin``).
     weight_var, bias_var : float
@@ -212,7 +221,7 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
     ):
         widths = _check_widths(widths)
-        make = _activation(activation)
+        make = activation_maker(activation)
         if parameterization not in ("ntk", "standard"):
             raise ValueError(
                 f"parameterization={parameterization!r} is unknown; use 'ntk' or "
@@ -399,7 +408,7 @@ class DeepLinear(nn.Sequential):
         return i % len(self)
 
 
-def _activation(activation) -> Callable[[], nn.Module]:
+def activation_maker(activation) -> Callable[[], nn.Module]:
     """What makes an activation module, from a name, a module, a class or a function."""
     if isinstance(activation, nn.Module):
         return lambda: activation

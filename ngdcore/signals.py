@@ -28,8 +28,9 @@ from .models import Linear
 __all__ = ["Signals", "signals"]
 
 CHUNK = 2**21  # numbers a layer swept back at once: memory is reused, not faulted in
+PROBE = 32  # rows that are run through the net once more, on their own
+LOOSE = 1e-2  # another batch size rounds otherwise, and a jump may fall elsewhere
 SAMPLE = 2**14  # entries of a parameter that are remembered, against edits via .data
-PROBE = 8  # rows that are run through the net once more, on their own
 PASSING = {
     module.forward
     for module in (nn.Linear, Linear, nn.Sequential, nn.Identity, nn.Flatten)
@@ -86,7 +87,7 @@ class Signals:
     layers: list[nn.Linear]
     c: int
     linear: bool = False
-    marks: tuple = field(default=())
+    marks: tuple | None = field(default=None)
     row: Tensor | None = field(default=None)
     sweep: Callable[[Tensor], list[Tensor]] | None = field(default=None)
 
@@ -100,7 +101,14 @@ class Signals:
     def __getstate__(self) -> dict:
         """What pickle and deepcopy take: a graph cannot travel, so D is formed."""
         _ = self.D
-        return vars(self) | {"sweep": None}
+        fresh = _same(self.marks, _marks(_survey(self.net)))
+        return vars(self) | {"sweep": None, "marks": self.marks if fresh else None}
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's weights lie elsewhere: new marks, unless they were stale."""
+        vars(self).update(state)
+        if self.marks is not None:
+            vars(self)["marks"] = _marks(_survey(self.net))
 
     @property
     def n(self) -> int:
@@ -345,8 +353,10 @@ class Signals:
 
     def check(self) -> None:
         """Raise a ValueError when the network's weights (or buffers) have changed since
-        these signals were taken, also by edits through ``.data``.
+        these signals were taken, also by edits through ``.data`` (of which up to 16384
+        entries a parameter are compared).
         """
+        _check_mode()
         if not _same(self.marks, _marks(_survey(self.net))):
             raise ValueError(
                 "the network's weights changed since these signals were taken; "
@@ -412,9 +422,10 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     Notes
     -----
     The first sweep of a net (and the first after its modules, their modes or its
-    trained set changed, and sweeps 2, 4, 8, ... of it) takes one backward pass more:
-    the weights' gradient for random output weights, formed from H and D, is compared
-    with autograd's own, and a few rows are run through the net alone.
+    trained set changed, and sweeps 2, 4, 8, ... of it) takes a little more. A few rows
+    are run on their own: the weights' gradient for random output weights, formed as
+    from H and D, is compared with autograd's own; and half of these rows must not
+    notice that the other half is overwritten.
 
     Examples
     --------
@@ -442,7 +453,7 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     )
     if not lazy:
         _ = sig.D
-    _verify(sig, parts, layers, x, inputs, outputs, edges)
+    _verify(sig, parts, layers, x, inputs)
     return sig
 
 
@@ -457,7 +468,7 @@ def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
     that is overwritten after its layer was called shows in its version; then a second
     run gives layers copies of their inputs.
     """
-    taken, written = {}, _versions(parts, x)
+    taken, written, drawn = {}, _versions(parts, x), _random_state(x)
     with _noted(names, taken, x, copy), _eager(parts), torch.enable_grad():
         outputs = parts.net(x)
     for layer, name in names.items():
@@ -465,6 +476,10 @@ def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
             raise TypeError(
                 f"{name} is trained and never called in net's forward; {FREEZE}"
             )
+    if not torch.equal(drawn, _random_state(x)):
+        raise TypeError(
+            "net's forward is random: it draws from torch's generator; call net.eval()"
+        )
     for name, version in _versions(parts, x).items():
         if version != written[name]:
             raise TypeError(
@@ -770,13 +785,7 @@ def _span(name, t) -> tuple[int, int]:
 
 def _check_inputs(parts, x) -> Tensor:
     """x, detached, after a look at the mode, at all dtypes and at x itself."""
-    if torch.is_inference_mode_enabled() or any(
-        t.is_inference() for _, t in (*parts.params, *parts.buffers)
-    ):
-        raise ValueError(
-            "signals need autograd: leave inference_mode (no_grad is fine), and make "
-            "net outside of it"
-        )
+    _check_mode(any(t.is_inference() for _, t in (*parts.params, *parts.buffers)))
     trained = [(name, p) for name, p in parts.params if p.requires_grad]
     name, like = trained[0]
     if torch.is_autocast_enabled(like.device.type):
@@ -792,6 +801,15 @@ def _check_inputs(parts, x) -> Tensor:
         raise ValueError(f"x must be a tensor of shape (N, d), not {shape}")
     _check_values("x", x, like)
     return (x.clone() if x.is_inference() else x).detach()
+
+
+def _check_mode(made_there=False) -> None:
+    """Raise in inference mode, or when the net was made there."""
+    if made_there or torch.is_inference_mode_enabled():
+        raise ValueError(
+            "signals need autograd: leave inference_mode (no_grad is fine), and make "
+            "net outside of it"
+        )
 
 
 def check_matrix(name, x, columns, like) -> None:
@@ -820,13 +838,19 @@ def _check_values(name, x, like) -> None:
             f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on "
             f"{like.device}; use {name}.to(...)"
         )
-    finite = torch.isfinite(x)
-    if not finite.all():
-        rows = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+    if not _finite(x):
+        rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(
             f"{name} holds NaN or infinity in {len(rows)} row(s), the first of them "
             f"{rows[:5]}; remove those rows first"
         )
+
+
+def _finite(x) -> bool:
+    """Whether x holds no NaN and no infinity: a finite sum says so at a tenth of the
+    price, and only one that overflows asks for a look at every entry.
+    """
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _check_layer_input(name, layer, h, x) -> None:
@@ -835,6 +859,11 @@ def _check_layer_input(name, layer, h, x) -> None:
     if h is x and (x.ndim != 2 or x.shape[1] != columns):
         raise ValueError(
             f"x must be a tensor of shape (N, {columns}), not {tuple(x.shape)}"
+        )
+    if h.is_inference():
+        raise TypeError(
+            f"what comes to {name} was computed in inference_mode, inside net's "
+            "forward; use no_grad there"
         )
     if h.ndim != 2 or h.shape[0] != x.shape[0]:
         raise TypeError(
@@ -858,8 +887,8 @@ def _check_outputs(parts, outputs, x) -> None:
         raise TypeError(
             "net(x) carries no gradient: its forward detaches, or runs under no_grad"
         )
-    if not torch.isfinite(outputs).all():
-        bad = [n for n, p in parts.params if not torch.isfinite(p).all()]
+    if not _finite(outputs.detach()):
+        bad = [name for name, p in parts.params if not _finite(p.detach())]
         why = f"{bad[0]} does (was it drawn?)" if bad else "weights or x are too large"
         raise ValueError(f"net(x) holds NaN or infinity: {why}")
 
@@ -869,8 +898,13 @@ def _check_outputs(parts, outputs, x) -> None:
 
 def _versions(parts, x) -> dict[str, int]:
     """Version counters of what a forward pass may not write to."""
-    versions = {f"the buffer {name}": b._version for name, b in parts.buffers}
+    versions = {name: t._version for name, t in (*parts.params, *parts.buffers)}
     return versions | {"its input x": x._version}
+
+
+def _random_state(x) -> Tensor:
+    """The state of torch's global generator that a forward pass on x would use."""
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
 def _marks(parts) -> tuple:
@@ -887,8 +921,13 @@ def _marks(parts) -> tuple:
 
 def _same(marks, others) -> bool:
     """Whether two marks are of the same weights; NaN equals NaN."""
-    return marks[0] == others[0] and all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(marks[1], others[1])
+    return (
+        None not in (marks, others)
+        and marks[0] == others[0]
+        and all(
+            torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(marks[1], others[1])
+        )
     )
 
 
@@ -918,10 +957,11 @@ def _facts(sig, parts) -> tuple:
     return modules, tensors, sig.c, sig.outputs.dtype, sig.outputs.device
 
 
-def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
-    """Compare signals with autograd's own gradient and with the rows on their own,
-    where these facts are new or were seen 1, 3, 7, ... times before; raise where they
-    differ. A layer whose gradient is zero is not verified by that.
+def _verify(sig, parts, names, x, inputs) -> None:
+    """Compare what a few rows say on their own, where these facts are new or were seen
+    1, 3, 7, ... times before: with autograd's gradient, with the same rows in other
+    company, and with the whole batch; raise where they differ. A layer whose gradient
+    is zero is not verified by that.
     """
     seen, alone = _verified.setdefault(sig.net, {}), sig.n == 1
     facts, (known, sweeps) = _facts(sig, parts), seen.get(alone, (None, 0))
@@ -929,78 +969,100 @@ def _verify(sig, parts, names, x, inputs, outputs, edges) -> None:
     if sweeps & (sweeps - 1) == 0:
         seen.pop(alone, None)
         generator = torch.Generator().manual_seed(sig.n)
-        _compare_rows(sig, parts, names, x, inputs, generator)
-        sound = _compare_gradients(sig, names, outputs, edges, generator)
+        rows = torch.randperm(sig.n, generator=generator)[:PROBE].to(x.device)
+        run = outputs, few, _ = _forward_alone(parts, names, x[rows])
+        sound = _compare_gradients(sig, names, run, x, generator)
+        whole = [*inputs, sig.outputs]
+        _compare(names, [*few, outputs.detach()], [t[rows] for t in whole], LOOSE)
+        _compare_company(parts, names, x[rows], [*few, outputs.detach()])
         sweeps = sweeps if sound else 0
     seen[alone] = facts, sweeps
 
 
-def _compare_rows(sig, parts, names, x, inputs, generator) -> None:
-    """Raise when some rows run on their own give other layer inputs or outputs."""
-    few = min(PROBE, (sig.n + 1) // 2)  # all rows would see each other again
-    rows = torch.randperm(sig.n, generator=generator)[:few].to(x.device)
-    devices = [x.device] if x.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices):  # a random forward is refused, not felt
-            outputs, again, _ = _forward(parts, names, x[rows])
-    except (RuntimeError, IndexError) as error:
-        raise TypeError(
-            f"net fails on {len(rows)} rows of x on their own; samples must be "
-            "independent of one another"
-        ) from error
-    for name, whole, part in zip(
-        (*(f"inputs of {name}" for name in names.values()), "outputs of net"),
-        (*inputs, sig.outputs),
-        (*again, outputs.detach()),
-    ):
-        if not _close(part, whole[rows], whole.norm() / sig.n**0.5):
+def _compare_company(parts, names, few, found) -> None:
+    """Raise when the first half of these rows gives other layer inputs or outputs than
+    it was ``found`` to, as soon as the second half is overwritten. The batch keeps its
+    size, hence its rounding.
+    """
+    half = (len(few) + 1) // 2
+    other = torch.cat([few[:half], few[: len(few) - half]])
+    with torch.random.fork_rng([few.device] if few.is_cuda else []):
+        outputs, again, _ = _forward(parts, names, other)
+    again = [*again, outputs.detach()]
+    _compare(names, [t[:half] for t in again], [t[:half] for t in found])
+
+
+def _compare(names, again, found, tolerance=None) -> None:
+    """Raise when layer inputs or outputs of the same rows are not the same."""
+    what = [*(f"inputs of {name}" for name in names.values()), "outputs of net"]
+    for name, a, b in zip(what, again, found):
+        if not _close(a, b, tolerance=tolerance):
             raise TypeError(
-                f"the {name} at {len(rows)} rows of x on their own are not those in "
-                "the whole batch: the forward is random, or keeps state, or samples "
-                "see one another; put net into eval mode, normalise each sample alone"
+                f"the {name} change with other rows of the batch, or from run to run: "
+                "samples see one another, or the forward is random or keeps state; put "
+                "net into eval mode, normalise each sample by itself"
             )
 
 
-def _compare_gradients(sig, names, outputs, edges, generator) -> bool:
-    """Raise when the gradient of sum a_n z_c f_nc, formed from H and D, is not
-    autograd's; returns whether every layer has a gradient.
+def _compare_gradients(sig, names, run, x, generator) -> bool:
+    """Raise when the gradient of sum a_n z_c f_nc over the rows of a run, formed from
+    their layer inputs and output-gradients, is not autograd's; returns whether every
+    layer has a gradient there.
     """
+    outputs, inputs, edges = run
     a, z = (
-        torch.randn(size, generator=generator, dtype=torch.float64).to(outputs)
-        for size in (sig.n, sig.c)
+        torch.randn(size, generator=generator, dtype=torch.float64).to(sig.outputs)
+        for size in (len(outputs), sig.c)
     )
-    a = a[:, None]
-    D = [E[:, 0] for E in sig.pull(z.expand(sig.n, 1, -1))]
+    pulled = _gradients(outputs, edges, names, z.expand(len(outputs), -1))
     with torch.enable_grad():
-        target = (outputs * a * z).sum()
+        target = (outputs * a[:, None] * z).sum()
     grads = torch.autograd.grad(
         target, [*edges, *sig.params], retain_graph=True, allow_unused=True
     )
     own = iter(grads[len(edges) :])
-    for (layer, name), H, E, pulled in zip(names.items(), sig.H, D, grads):
-        E = a * E
-        if not _close(E, pulled, E.norm()):
+    for (layer, name), h, E, mixed in zip(names.items(), inputs, pulled, grads):
+        E = a[:, None] * E
+        if not _close(E, mixed):
             raise TypeError(
                 f"samples see one another after {name} (its output-gradients mix "
                 "them), or net's forward changes gradients; use no statistics over "
                 "the batch"
             )
-        for param, columns in _trained(layer, H):
-            grad = next(own)
-            grad = torch.zeros_like(param) if grad is None else grad
+        for param, columns in _trained(layer, _columns(layer, h, x)):
             side = torch.randn(columns.shape[1], generator=generator).to(columns)
-            mine, heard = E.T @ (columns @ side), grad.view(-1, len(side)) @ side
-            if not _close(mine, heard, E.norm() * (columns @ side).norm()):
+            if not _heard(next(own), E, columns @ side, side):
                 part = "weight" if param is layer.weight else "bias"
                 raise TypeError(
                     f"{name}.{part} has another gradient than the layer's inputs and "
                     "output-gradients give: it is used elsewhere too, or changed "
                     f"inside; use it in one plain call of {name} alone, or {FREEZE}"
                 )
-    return all(E.any() for E in D)
+    return all(E.any() for E in pulled)
 
 
-def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    """Whether a and b are equal to (a little more than) rounding of ``scale``."""
-    tolerance = torch.finfo(a.dtype).eps ** 0.6  # 4e-10 in float64, 7e-5 in float32
+def _forward_alone(parts, names, few) -> tuple[Tensor, list, list]:
+    """`_forward` of a few rows, which must not need the others."""
+    try:
+        return _forward(parts, names, few)
+    except (RuntimeError, IndexError) as error:
+        raise TypeError(
+            f"net fails on {len(few)} rows of x on their own; samples must be "
+            "independent of one another"
+        ) from error
+
+
+def _heard(grad: Tensor | None, E, projected, side) -> bool:
+    """Whether a parameter's gradient times ``side`` is E^T (columns side)."""
+    mine = E.T @ projected
+    heard = torch.zeros_like(mine) if grad is None else grad.view(-1, len(side)) @ side
+    return _close(mine, heard, E.norm() * projected.norm())
+
+
+def _close(
+    a: Tensor, b: Tensor, scale: float | Tensor = 0.0, tolerance: float | None = None
+) -> bool:
+    """Whether a and b differ by (little more than) rounding of b, or of ``scale``."""
+    if tolerance is None:  # 4e-10 in float64, 7e-5 in float32
+        tolerance = torch.finfo(a.dtype).eps ** 0.6
     return bool((a - b).norm() <= tolerance * max(scale, b.norm()))

@@ -23,6 +23,7 @@ WITHOUT = {
     "DataSet",
     "Factors",
     "Fisher",
+    "Prediction",
 }
 
 

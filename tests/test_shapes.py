@@ -5,10 +5,11 @@ through beartype's hook, in a process of its own, and used as a reader would.
 import subprocess
 import sys
 
+from beartype import BeartypeConf, beartype
 from conftest import ROOT, environment
 from jaxtyping import install_import_hook
 
-CHECKER = "beartype.beartype"
+checker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
 
 def test_stated_shapes_are_the_shapes():
@@ -43,7 +44,8 @@ def exercise(ngd, torch):
         training(ngd, net, x, y)
         gram, lr = finite.gram(), ngd.dynamics.gd_lr(finite.gram(), len(x))
         ngd.dynamics.trajectory(gram / len(x), sig.outputs, y, lr, [0, 1, 5])
-        infinite[0].nngp(), ngd.fisher.Exact().coefficient(infinite[0])
+        infinite[0].nngp(), ngd.dynamics.predict(infinite[0], y, [0.5, 1])
+        ngd.fisher.Exact().coefficient(infinite[0])
         ngd.fisher.BlockDiagonal().coefficient(infinite[0], 1e-2)
     ngd.kernels.arc_cosine_gram(x), ngd.data.forster(x.float())
     deep = ngd.signals(ngd.models.DeepLinear([5, 5, 5]), x)
@@ -82,7 +84,7 @@ def training(ngd, net, x, y):
 
 
 def main():
-    with install_import_hook("ngdcore", CHECKER):
+    with install_import_hook("ngdcore", "test_shapes.checker"):
         import ngdcore as ngd
         from ngdcore.data import rows
     import torch

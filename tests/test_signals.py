@@ -430,6 +430,48 @@ def reentrant(m, x):
     return m.c(checkpoint(m.b, m.a(x), use_reentrant=True))
 
 
+def decaying(m, x):
+    with torch.no_grad():
+        m.a.weight.mul_(0.999)
+    return m.c(m.b(m.a(x)))
+
+
+def rarely(m, x):
+    h = m.a(x)
+    return m.c(m.b(h) * 0 + h if torch.rand(()) < 0.001 else m.b(h))
+
+
+def clipped(m, x):
+    h = m.b(torch.tanh(m.a(x)))
+    h.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    return m.c(h)
+
+
+def inferring(m, x):
+    with torch.inference_mode():
+        h = torch.tanh(x)
+    return m.c(m.b(m.a(h)))
+
+
+def rows_sorted(m, x):
+    order = x[:, 0].argsort()
+    return m.c(torch.tanh(m.b(torch.tanh(m.a(x))[order]))[order.argsort()])
+
+
+def experts(m, x):
+    h, first = torch.tanh(m.a(x)), x[:, 0] > 0
+    out = torch.zeros_like(h).index_put((first,), m.b(h[first]))
+    return m.c(out)
+
+
+class Remembered(nn.Module):
+    mean = None
+
+    def forward(self, h):
+        self.mean = h.mean(0) if self.mean is None else self.mean
+        return h - self.mean
+
+
 PRETENDERS = {
     "tied weight": (tied_weight, "tied"),
     "tied by memory": (tied_by_memory, "tied"),
@@ -515,17 +557,17 @@ PRETENDERS = {
         lambda: net(
             lambda m, x: m.c((lambda h: m.b(h - h.mean(0)))(torch.tanh(m.a(x))))
         ),
-        "whole batch",
+        "batch",
     ),
     "mean over the batch, detached": (
         lambda: net(lambda m, x: m.c((lambda h: m.b(h - h.detach().mean(0)))(m.a(x)))),
-        "whole batch",
+        "batch",
     ),
     "softmax over the batch": (
         lambda: net(lambda m, x: m.c(torch.softmax(m.b(m.a(x)), 0))),
-        "whole batch",
+        "batch",
     ),
-    "attention over the batch": (lambda: net(batch_attention), "whole batch"),
+    "attention over the batch": (lambda: net(batch_attention), "batch"),
     "cumulative sum": (lambda: net(lambda m, x: m.c(m.b(m.a(x)).cumsum(0))), "batch"),
     "rows shifted": (lambda: net(lambda m, x: m.c(m.b(m.a(x).roll(1, 0)))), "batch"),
     "rows folded": (lambda: net(folded), "batch"),
@@ -536,7 +578,7 @@ PRETENDERS = {
     ),
     "outputs of the batch": (
         lambda: net(lambda m, x: (lambda f: f - f.mean(0))(m.c(m.b(m.a(x))))),
-        "whole batch",
+        "batch",
     ),
     "Dropout": (lambda: sequential(nn.ReLU(), nn.Dropout(0.5)), "Dropout"),
     "dropout, a function": (
@@ -546,6 +588,34 @@ PRETENDERS = {
     "noise": (lambda: net(lambda m, x: m.c(m.b(m.a(x)) * torch.rand(6))), "random"),
     "RReLU": (lambda: sequential(nn.RReLU()), "RReLU"),
     "a buffer that is written": (lambda: sequential(Counting()), "mean"),
+    "a weight that is written": (lambda: net(decaying), "a.weight"),
+    "drops a layer, rarely": (lambda: net(rarely), "random"),
+    "gradients clipped": (lambda: net(clipped), "gradients"),
+    "inference mode inside": (lambda: net(inferring), "inference_mode"),
+    "rows sorted and put back": (lambda: net(rows_sorted), "see one another"),
+    "experts": (lambda: net(experts), "row a sample"),
+    "shallow copy of a layer": (
+        lambda: (lambda layer: nn.Sequential(layer, nn.Tanh(), copy.copy(layer)))(
+            nn.Linear(5, 5)
+        ),
+        "tied",
+    ),
+    "transposed weight": (
+        lambda: Net(lambda m, x: F.linear(m.a(x), m.a.weight.T), a=nn.Linear(5, 6)),
+        "a.weight",
+    ),
+    "statistics of the first batch": (
+        lambda: sequential(Remembered()),
+        "batch|another gradient",
+    ),
+    "mapped over rows": (
+        lambda: Net(lambda m, x: torch.vmap(m.a)(x), a=nn.Linear(5, 3)),
+        "row a sample|shape",
+    ),
+    "outputs turned round": (
+        lambda: net(lambda m, x: m.c(m.b(m.a(x))).flip(0)),
+        "batch",
+    ),
     "state": (lambda: sequential(Remembering()), "state"),
     "input overwritten": (
         lambda: net(lambda m, x: m.c(m.b(m.a(x.mul_(2))))),
@@ -830,6 +900,34 @@ def test_pickle_copy_and_repr():
     for twin in (pickle.loads(pickle.dumps(lazy)), copy.deepcopy(lazy)):
         assert repr(twin) == "Signals(N=7, C=3, layers=2, torch.float64)"
         assert all(torch.equal(a, b) for a, b in zip(twin.D, lazy.D))
+        assert relative(twin.at(x).D[0], lazy.D[0]) < 1e-14
+    module[0].weight.data.mul_(2)
+    with pytest.raises(ValueError, match="changed"):
+        copy.deepcopy(lazy).at(x)
+    module = ngd.models.MLP([5, 6, 3])
+    late = ngd.signals(module, x, lazy=True)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        late.D
+
+
+def test_small_outputs_are_no_alarm():
+    """A net minus itself at the start, in float32, at sweeps that look closely; and
+    deep nets, whose rounding grows.
+    """
+    start = ngd.models.MLP([5, 300, 300, 3], dtype=torch.float32)
+    module, x = copy.deepcopy(start), x_for(None).float()
+    centred = Net(lambda m, x: m.now(x) - m.start(x), now=module, start=frozen(start))
+    for _ in range(8):
+        ngd.signals(centred, x)
+        with torch.no_grad():
+            module[0].weight[0] += 1e-6
+    for phi in ("relu", "tanh", "erf", nn.GELU()):
+        for weight_var in (0.5, 2.0, 10.0):
+            deep = ngd.models.MLP(
+                [5] + [100] * 30 + [2], phi, weight_var, dtype=torch.float32
+            )
+            for n in (1, 2, 7, 100):
+                ngd.signals(deep, x_for(None, n).float())
 
 
 # ------------------------------------------------------------------------ bad input

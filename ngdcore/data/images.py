@@ -48,7 +48,7 @@ def mnist(
         ``None`` takes the first rows in file order, classes merged; an int takes a
         random subset.
     dtype, device :
-        Of the tensors returned; float64 unless asked.
+        Of the tensors returned; float64, and torch's default device, unless asked.
 
     Returns
     -------
@@ -59,16 +59,20 @@ def mnist(
     ValueError
         For unknown classes or norm, or more rows than there are.
     DataError
-        When a file is truncated, altered or missing everywhere.
+        When a file is truncated, altered or missing everywhere, with where it was
+        looked for and what each mirror answered.
+    ImportError
+        When a file must be fetched and what fetches it is not installed.
 
     Notes
     -----
     The first 10,240 training and 5,000 test images ship with the package; a request
     that they can fill is filled from them (also a random one, so that a seed means the
-    same rows everywhere). Larger requests look for the full files in the folder
-    ``mnist`` of ``NGD_DATA_DIR``, then in the cache, then on two mirrors. SHA-256 of
-    the uncompressed bytes is checked always. LeCun, Cortes & Burges, *The MNIST
-    database*.
+    same rows everywhere). Larger requests look for the full files in the folder that
+    ``NGD_DATA_DIR`` names (in ``mnist``, at its top, or in ``MNIST/raw``, zipped or
+    not), then in the cache, then on two mirrors, which needs the extra ``[notebooks]``.
+    SHA-256 of the uncompressed bytes is checked always. LeCun, Cortes & Burges, *The
+    MNIST database*.
 
     Examples
     --------

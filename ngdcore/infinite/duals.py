@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..models import ACTIVATIONS, Erf, ShiftedReLU
+from ..models import Elementwise, Erf, ShiftedReLU, activation_maker
 
 __all__ = ["Dual", "Rectified", "ErfDual", "Shifted", "Hermite", "dual_of"]
 
@@ -90,6 +90,12 @@ class Rectified(Dual):
     -----
     Cho & Saul (2009). Half the sum and half the difference of the two slopes make an
     odd and an even part, :math:`\frac{1+a}2 u + \frac{1-a}2 |u|`, which do not meet.
+
+    Examples
+    --------
+    >>> import torch
+    >>> float(Rectified(-1.0).rms(torch.tensor(3.0)))  # |u| at standard deviation 3
+    3.0
     """
 
     def __init__(self, negative_slope: float = 0.0):
@@ -109,12 +115,16 @@ class Rectified(Dual):
         even = ((1 - self.negative_slope) / 2) ** 2 * 2 / math.pi
         if even == 0:
             return t, torch.ones_like(t)
-        cosine = 1 - t
-        sine = (2 - t).mul_(t).clamp_min_(0).sqrt_()
-        angle = torch.atan2(sine, cosine)
-        slope = self._at_zero(left, right, self._power - even * angle)
-        rise = sine.sub_(angle.mul_(cosine))
-        return torch.add(t, rise, alpha=-even / self._power), slope
+        rise, angle = _even_part(t)
+        rise = torch.add(t, rise, alpha=-even / self._power)
+        if self.negative_slope < 0:  # opposite rows (nearly) meet: formed as equal ones
+            odd = ((1 + self.negative_slope) / 2) ** 2
+            mirror = (
+                _even_part(2 - t)[0].mul_(-even).add_((self._power - odd) * (2 - t))
+            )
+            rise = torch.where(t > 1, (mirror + odd * t) / self._power, rise)
+        slope = self._power - even * angle
+        return rise, self._at_zero(left, right, slope)
 
     def _at_zero(self, left, right, slope):
         """The slopes (n, m), with the derivative at 0 that torch uses for rows that
@@ -127,6 +137,14 @@ class Rectified(Dual):
         return torch.where((left + right.mT) > 0, row * column, slope)
 
 
+def _even_part(t: Tensor) -> tuple[Tensor, Tensor]:
+    """sin - angle cos, and the angle, whose cosine is 1 - t; shapes of t."""
+    cosine = 1 - t
+    sine = (2 - t).mul_(t).clamp_min_(0).sqrt_()
+    angle = torch.atan2(sine, cosine)
+    return sine.sub_(cosine.mul_(angle)), angle
+
+
 class ErfDual(Dual):
     r""":math:`\phi = \mathrm{erf}`.
 
@@ -135,6 +153,12 @@ class ErfDual(Dual):
     Williams (1997): :math:`E\,\phi\phi' = \frac2\pi \arcsin\rho` with
     :math:`\rho = 2 c s s'/\sqrt{(1 + 2s^2)(1 + 2s'^2)}`. The arcsine is taken from
     :math:`1 - \rho^2`, which does not cancel where both are large.
+
+    Examples
+    --------
+    >>> import torch
+    >>> round(float(ErfDual().rms(torch.tensor([1.0]))), 4)
+    0.6816
     """
 
     def rms(self, s):
@@ -182,6 +206,12 @@ class Shifted(Dual):
     and the same integral with weight :math:`\cos\alpha - \cos\theta` what the
     correlation of :math:`\phi(u), \phi(u')` lacks to that at :math:`\theta = 0`.
     Obtuse angles are mirrored, :math:`(h, k, \theta) \to (h, -k, \pi - \theta)`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> round(float(Shifted(1.0).rms(torch.ones(1).double())), 4)
+    0.2745
     """
 
     def __init__(self, shift: float):
@@ -293,6 +323,13 @@ class Hermite(Dual):
     With :math:`a_k(s) = E\,\phi(sz)\,h_k(z)`, by the trapezoidal rule,
     :math:`E\,\phi\phi' = \sum_k c^k a_k a_k'` (Mehler), and its derivative in the
     correlation c gives :math:`E\,\phi'\phi'` (Price).
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> x = torch.eye(2, dtype=torch.float64)
+    >>> ngd.kernels.analytic(x, 3, ngd.infinite.Hermite(torch.sin)).c
+    1
     """
 
     def __init__(self, phi: Callable[[Tensor], Tensor]):
@@ -468,19 +505,10 @@ def dual_of(activation) -> Dual:
     >>> dual_of("relu"), dual_of(torch.nn.LeakyReLU(0.2)), dual_of(torch.abs)
     (Rectified(0), Rectified(0.2), Rectified(-1))
     """
-    names = ACTIVATIONS | {"leaky_relu": nn.LeakyReLU, "abs": torch.abs}
-    phi = (
-        names.get(activation, activation) if isinstance(activation, str) else activation
-    )
-    if isinstance(phi, type) and issubclass(phi, nn.Module):
-        phi = phi()
-    if isinstance(phi, Dual):
-        return phi
-    if not callable(phi):
-        raise ValueError(
-            f"activation={activation!r} is unknown; use one of {sorted(names)}, an"
-            " elementwise module or function, or a kernels.Dual"
-        )
+    if isinstance(activation, Dual):
+        return activation
+    phi = activation_maker(activation)()
+    phi = phi.function if type(phi) is Elementwise else phi
     return _closed_form(phi) or Hermite(phi)
 
 

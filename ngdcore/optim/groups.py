@@ -64,9 +64,17 @@ def param_groups(net: nn.Module, groups) -> list[dict[str, Any]]:
         params = [params] if isinstance(params, Tensor) else list(params)
         rates = {k: number(k, v) for k, v in group.items() if k != "params"}
         made.append({"params": [p for p in params if p.requires_grad], **rates})
-    times = Counter(id(p) for group in made for p in group["params"])
+    _check_cover(trained, [p for group in made for p in group["params"]])
+    return [group for group in made if group["params"]]
+
+
+def _check_cover(trained: dict[str, Tensor], held: list[Tensor]) -> None:
+    """The groups hold each trained parameter once, and no other."""
+    times = Counter(id(p) for p in held)
     wrong = [
-        f"{k} {times[id(p)]} times" for k, p in trained.items() if times[id(p)] - 1
+        f"{name} {times[id(p)]} times"
+        for name, p in trained.items()
+        if times[id(p)] != 1
     ]
     foreign = len(times) - sum(id(p) in times for p in trained.values())
     if wrong or foreign:
@@ -74,4 +82,3 @@ def param_groups(net: nn.Module, groups) -> list[dict[str, Any]]:
             "groups must hold every trained parameter of net once, not"
             f" {', '.join(wrong) or f'{foreign} of another network'}"
         )
-    return [group for group in made if group["params"]]
