@@ -2,8 +2,10 @@
 
 A new Fisher is one row of ``TABLE``."""
 
+import re
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +167,21 @@ def defects(row, name, c, damping, k=None):
 def test_one_law(name, net, c):
     for damping in TABLE[name].dampings:
         assert max(defects(TABLE[name], net, c, damping)) < 1e-10, damping
+
+
+def test_the_page_on_writing_a_fisher_runs():
+    """Its blocks, one after the other; its Fisher keeps the law; its run descends."""
+    page = Path(__file__).parent.parent / "book" / "write_a_fisher.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    names = {}
+    exec("\n".join(blocks), names)
+    row = Row(**names["row"])
+    for net in row.nets:
+        for damping in row.dampings:
+            assert max(defects(row, net, 3, damping)) < 1e-10, (net, damping)
+    assert max(defects(row, "biases", 3, 0.05, k=2)) < 1e-10
+    losses = names["losses"]
+    assert losses[-1] < 0.2 * losses[0], losses
 
 
 @pytest.mark.parametrize("k", [2, 3])
