@@ -69,7 +69,11 @@ class Fisher:
         >>> torch.allclose(Q, 3 * eye)
         True
         """
-        raise NotImplementedError
+        single, damping = check_factors(factors).scalar, check_damping(damping)
+        if single is None:
+            return self._coefficient(factors, damping, generator)
+        Q = self._coefficient(single, damping, generator)
+        return torch.kron(Q, torch.eye(factors.c, dtype=Q.dtype, device=Q.device))
 
     def alpha(self, factors: Factors, tol: float = 1e-8) -> float:
         r"""The isotropic constant :math:`\alpha = \mathrm{tr}\,Q/\mathrm{rank}\,Q`, if
@@ -184,8 +188,8 @@ class Fisher:
         return 2 / (max(low, 0.0) + high)
 
     def full_step(self, sig: Signals) -> float:
-        r"""The learning rate of one full step, :math:`1/\alpha`, where the undamped
-        :math:`\alpha` is known without forming Q; 1 elsewhere.
+        r"""The learning rate of one full step: :math:`1/\alpha` where :math:`\alpha` of
+        the undamped Q is known without forming it, 1 elsewhere.
         """
         return 1 / (self._isotropic(len(sig.H)) or 1.0)
 
@@ -250,6 +254,10 @@ class Fisher:
         step, info = self._step(sig, check_damping(damping), generator)
         return step(g, out), info
 
+    def _coefficient(self, factors: Factors, damping: float, generator) -> Tensor:
+        """Q of checked arguments, (rows C, NC)."""
+        raise NotImplementedError
+
     def _step(self, sig: Signals, damping: float, generator):
         """A function from residuals (N, C), and buffers or None, to directions; and the
         `Info` of what it factorised.
@@ -269,13 +277,6 @@ class Fisher:
                 " rows"
             )
         return self.coefficient(factors)
-
-    def _of_each_output(
-        self, factors: Factors, damping: float
-    ) -> Float[Tensor, "RC NC"]:
-        """Q of factors whose outputs are alike and apart: that of one, times I_C."""
-        one = self.coefficient(factors.scalar, damping)
-        return torch.kron(one, torch.eye(factors.c).to(one))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -297,20 +298,16 @@ class OutputSide(Fisher):
     True
     """
 
-    def coefficient(self, factors, damping=0.0, generator=None):
-        train = check_factors(factors).train
-        if factors.scalar is not None:
-            return self._of_each_output(factors, damping)
+    def _coefficient(self, factors, damping, generator):
+        train = factors.train
         nc = train.columns * train.c
         eye = torch.eye(nc, dtype=train.dtype, device=train.device)
-        weights = self._inverse(train, check_damping(damping))(eye)
+        weights = self._inverse(train, damping)(eye)
         if isinstance(weights, Tensor):
             return factors.gram() @ weights
-        moving = [l for l, w in enumerate(weights) if w is not None]
-        grams = factors.layers(moving)
-        return sum(K @ weights[l] for l, K in zip(moving, grams))
-
-    coefficient.__doc__ = Fisher.coefficient.__doc__
+        moving = {l: w for l, w in enumerate(weights) if w is not None}
+        grams = factors.layers(list(moving))
+        return sum(K @ w for K, w in zip(grams, moving.values()))
 
     def _step(self, sig, damping, generator):
         inverse = self._inverse(empirical(sig), damping)
@@ -350,14 +347,14 @@ class WeightSide(Fisher):
     True
     """
 
-    def coefficient(self, factors, damping=0.0, generator=None):
-        train, rows = check_factors(factors).train.signals, factors.signals
+    def _coefficient(self, factors, damping, generator):
+        train, rows = factors.train.signals, factors.signals
         if train is None:
             raise TypeError(
                 f"{self!r} needs signals: use empirical factors of a finite network,"
                 " not analytic ones"
             )
-        inverse = self._inverse(train, check_damping(damping), generator)
+        inverse = self._inverse(train, damping, generator)
         n, c = train.n, train.c
         eye = torch.eye(n * c).to(train.outputs).view(-1, n, c)
         largest = max(D.shape[1] * max(H.shape) for D, H in zip(train.D, train.H))
@@ -366,8 +363,6 @@ class WeightSide(Fisher):
             for g in eye.split(max(1, CHUNK // largest))
         ]
         return torch.cat(columns).T
-
-    coefficient.__doc__ = Fisher.coefficient.__doc__
 
     def _step(self, sig, damping, generator):
         inverse = self._inverse(sig, damping, generator)

@@ -190,25 +190,19 @@ class KFAC(_Kronecker):
         ]
         return 1 / sum(sig.n if few else 1 for few in wide)
 
-    def coefficient(self, factors, damping=0.0, generator=None):
-        train, c = check_factors(factors).train, factors.c
-        if factors.scalar is not None:
-            return self._of_each_output(factors, damping)
-        n, Q = train.columns, 0.0
-        shift = n * check_damping(damping) ** 0.5
+    def _coefficient(self, factors, damping, generator):
+        train, n, c, Q = factors.train, factors.columns, factors.c, 0.0
 
         def smoothed(own, rows, l):
-            """rows (own + shift)^+, (rows, N) or (rows C, NC)."""
-            own.diagonal().add_(shift)
+            """rows (own + N s)^+: (rows, N), or (rows C, NC)."""
+            own.diagonal().add_(n * damping**0.5)
             return inverse_spd(own, self._guard(train, l))(rows.T).T
 
-        sides = zip(*train.sides(), *factors.sides())
-        for l, (own_A, own_B, rows_A, rows_B) in enumerate(sides):
-            A, B = smoothed(own_A, rows_A, l), smoothed(own_B, rows_B, l)
+        square, sides = train.sides(), factors.sides()
+        for l, (own_A, own_B, A, B) in enumerate(zip(*square, *sides)):
+            A, B = smoothed(own_A, A, l), smoothed(own_B, B, l)
             Q = Q + n * A.repeat_interleave(c, 0).repeat_interleave(c, 1) * B
         return Q
-
-    coefficient.__doc__ = WeightSide.coefficient.__doc__
 
     def _backward(self, sig, shift, guards, generator):
         # one sample's gradients serve a linear net; times root N they are all of them

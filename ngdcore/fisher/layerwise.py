@@ -177,12 +177,12 @@ class LayerWise(OutputSide):
         return poles.flip(0) / factors.columns
 
     def _inverse(self, factors, damping):
-        sigma = self._sigma(factors.depth).to(factors.device, factors.dtype)
+        sigma, dtype = self._sigma(factors.depth).to(factors.device), factors.dtype
         if damping and torch.equal(sigma, sigma.diag().diag()):
-            return self._decoupled(factors, 1 / sigma.diag(), damping)
+            return self._decoupled(factors, (1 / sigma.diag()).to(dtype), damping)
         if damping:
             return self._coupled(factors, sigma, damping)
-        shares, null = _shares(sigma)
+        shares, null = (part.to(dtype) for part in _shares(sigma))
         if null.shape[1]:
             return self._shortest(factors, shares, null)
         return self._decoupled(factors, shares, 0.0)
@@ -244,9 +244,9 @@ class LayerWise(OutputSide):
         grams = factors.layers()
         shift, size = factors.columns * damping, len(grams[0])
         if torch.linalg.eigvalsh(sigma)[0] > ZERO:
-            inverse = torch.linalg.inv(sigma).contiguous()
+            inverse = torch.linalg.inv(sigma).to(factors.dtype).contiguous()
             M = torch.block_diag(*grams)
-            M += shift * torch.kron(inverse, torch.eye(size).to(sigma))
+            M += shift * torch.kron(inverse, torch.eye(size).to(inverse))
             solved = inverse_spd(M, self._guard(factors, "the damped layer-wise "))
 
             def apply(rhs):
@@ -393,6 +393,6 @@ class BlockTridiagonal(LayerWise):
         return torch.ones(layers, layers, dtype=torch.float64).tril(1).triu(-1)
 
     def _coupled(self, factors, sigma, damping):
-        shift = factors.columns * damping
-        inverse = inverse_block_tridiagonal(factors.layers(), shift)
+        grams = factors.layers()
+        inverse = inverse_block_tridiagonal(grams, factors.columns * damping)
         return self._away_from_poles(factors, damping, inverse)

@@ -4,7 +4,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..solve import Guard, Inverse, factorised, inverse_spd, inverse_stack
+from ..solve import (
+    Guard,
+    Inverse,
+    check_precision,
+    factorised,
+    inverse_spd,
+    inverse_stack,
+)
 from .base import WeightSide, check_rank, pulled
 
 __all__ = ["UnitWise", "Diagonal", "QuasiDiagonal"]
@@ -85,6 +92,7 @@ class UnitWise(WeightSide):
         :math:`t (t A t + N\rho)^+ t\, r/s` of the same shape, t = sqrt(s); or with
         t = 1 and one factor for all units where none is ever inactive.
         """
+        check_precision(A)
         guard = Guard(self.rank, name=f"layer {l}'s ")
         alike = (
             not shift
