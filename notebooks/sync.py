@@ -52,7 +52,7 @@ TICKS = re.compile(
 NOTES = set(
     "note tip hint important warning caution attention danger error seealso".split()
 )
-DROPPED = set("tableofcontents scoreboard tally build-report index raw".split())
+DROPPED = set("tableofcontents scoreboard tally build-report index raw dragq".split())
 REFERRING = {"eq", "ref", "numref", "prf:ref", "math:numref"}
 CITING = {"cite:t", "cite:p", "cite", "cite:ts", "cite:ps"}
 CODE = {"func", "class", "meth", "mod", "file", "code"}
