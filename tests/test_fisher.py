@@ -331,55 +331,47 @@ def test_block_tridiagonal_at_every_depth(depth, c):
     against the dense one.
     """
     n, F = 4, ngd.fisher.BlockTridiagonal()
-    net, x = (
-        ngd.models.MLP([12, *[24] * (depth - 1), c], "tanh", 1.5, 0.1, seed=2),
-        ngd.data.gaussian(n, 12, seed=1),
-    )
-    sig = ngd.signals(net, x)
-    fac, g = (
-        ngd.kernels.empirical(sig),
-        torch.randn(n * c, generator=torch.Generator().manual_seed(3)).double(),
-    )
+    net, x = deep_tanh(depth, c), ngd.data.gaussian(n, 12, seed=1)
+    fac, other = ngd.kernels.empirical(ngd.signals(net, x)), ngd.data.gaussian(3, 12)
     alpha = -(-depth // 3)
     assert float((F.coefficient(fac) - alpha * torch.eye(n * c)).abs().max()) < 1e-10
     assert F.best_alpha(fac) == pytest.approx(alpha, abs=1e-12)
-    moved = [
-        float(d.abs().max()) > 0 for d in F.direction(sig, g)[::2]
-    ]  # weights; biases lie between
-    pattern = {
-        0: [False, True, False],
-        1: [True, False, False],
-        2: [True, True, False],
-    }[depth % 3]
-    assert moved == (pattern * depth)[:depth]
-    blocks, other = jacobian(net, x), ngd.data.gaussian(3, 12, seed=2)
+    blocks = jacobian(net, x)
     S, J_other = torch.block_diag(*blocks), torch.cat(jacobian(net, other), 1)
     T = torch.kron(tridiagonal(depth), torch.eye(n * c, dtype=torch.float64))
     ones = torch.eye(n * c, dtype=torch.float64).repeat(depth, 1)
     for damping in (1e-6, 0.3):
-        v = torch.linalg.solve(
-            T @ (S @ S.T) + n * damping * torch.eye(len(T), dtype=T.dtype), ones
-        )
-        assert (
-            relative(F.coefficient(fac, damping), torch.cat(blocks, 1) @ S.T @ v) < 1e-8
-        )
-        assert (
-            relative(F.coefficient(fac.cross(other), damping), J_other @ S.T @ v) < 1e-8
-        )
-    if depth in (2, 4):
-        values = (
-            torch.linalg.eigvalsh(
-                dense.layer_wise_fisher(blocks, tridiagonal(depth), n)
-            )
-            .neg()
-            .flip(0)
-        )
-        expected = values[values > 1e-9]
-        assert (
-            relative(F.poles(fac), expected) < 1e-8
-            if len(expected)
-            else len(F.poles(fac)) == 0
-        )
+        M = T @ (S @ S.T) + n * damping * torch.eye(len(T), dtype=T.dtype)
+        v = S.T @ torch.linalg.solve(M, ones)
+        assert relative(F.coefficient(fac, damping), torch.cat(blocks, 1) @ v) < 1e-8
+        assert relative(F.coefficient(fac.cross(other), damping), J_other @ v) < 1e-8
+
+
+def deep_tanh(depth, c):
+    return ngd.models.MLP([12, *[24] * (depth - 1), c], "tanh", 1.5, 0.1, seed=2)
+
+
+@pytest.mark.parametrize("depth", range(1, 13))
+def test_block_tridiagonal_moves_every_third_layer(depth):
+    net, x = deep_tanh(depth, 1), ngd.data.gaussian(4, 12, seed=1)
+    d = ngd.fisher.BlockTridiagonal().direction(
+        ngd.signals(net, x), ngd.data.gaussian(4, 1, seed=3)
+    )
+    moved = [float(w.abs().max()) > 0 for w in d[::2]]  # weights; biases lie between
+    pattern = ([False, True, False], [True, False, False], [True, True, False])
+    assert moved == (pattern[depth % 3] * depth)[:depth]
+
+
+@pytest.mark.parametrize("depth", [2, 4, 5])
+def test_poles_are_the_negative_eigenvalues(depth):
+    net, x = deep_tanh(depth, 1), ngd.data.gaussian(4, 12, seed=1)
+    F = dense.layer_wise_fisher(jacobian(net, x), tridiagonal(depth), 4)
+    values = torch.linalg.eigvalsh(F).neg().flip(0)
+    expected = values[values > 1e-9]
+    fac = ngd.kernels.empirical(ngd.signals(net, x))
+    poles = ngd.fisher.BlockTridiagonal().poles(fac)
+    assert len(poles) == len(expected)
+    assert not len(expected) or relative(poles, expected) < 1e-8
 
 
 def test_pole_bands_of_digits():

@@ -271,6 +271,7 @@ class Fisher:
         return None
 
     def _square(self, factors: Factors) -> Tensor:
+        """Q (NC, NC) of square factors; raises for others."""
         if check_factors(factors).train is not factors:
             raise ValueError(
                 "factors must be square (training rows); alpha is not defined on test"
@@ -299,6 +300,7 @@ class OutputSide(Fisher):
     """
 
     def _coefficient(self, factors, damping, generator):
+        """Gram matrices times output weights of the identity: (rows C, NC)."""
         train = factors.train
         nc = train.columns * train.c
         eye = torch.eye(nc, dtype=train.dtype, device=train.device)
@@ -310,6 +312,7 @@ class OutputSide(Fisher):
         return sum(K @ w for K, w in zip(grams, moving.values()))
 
     def _step(self, sig, damping, generator):
+        """Output weights found once and pulled back: see `Fisher._step`."""
         inverse = self._inverse(empirical(sig), damping)
 
         def step(g, out):
@@ -348,6 +351,7 @@ class WeightSide(Fisher):
     """
 
     def _coefficient(self, factors, damping, generator):
+        """Directions of the identity's columns pushed forward: (rows C, NC)."""
         train, rows = factors.train.signals, factors.signals
         if train is None:
             raise TypeError(

@@ -51,6 +51,7 @@ class DeepLinearExact(WeightSide):
         return 1.0
 
     def _inverse(self, sig, damping, generator=None):
+        """From residuals (..., N, C) to the first and the last layer's moves."""
         _check(sig, damping)
         widths = [
             sig.layers[0].in_features,
@@ -74,6 +75,7 @@ class DeepLinearExact(WeightSide):
 
 
 def _check(sig, damping) -> None:
+    """Raise unless all of a linear net is trained, without biases or damping."""
     biased = any(H.shape[1] != layer.in_features for H, layer in zip(sig.H, sig.layers))
     frozen = not all(p.requires_grad for p in sig.net.parameters())
     if biased or frozen or not sig.linear:

@@ -191,6 +191,7 @@ class KFAC(_Kronecker):
         return 1 / sum(sig.n if few else 1 for few in wide)
 
     def _coefficient(self, factors, damping, generator):
+        """N times the sum over layers of B B^+ o (A A^+ x 11^T): (rows C, NC)."""
         train, n, c, Q = factors.train, factors.columns, factors.c, 0.0
 
         def smoothed(own, rows, l):
@@ -205,6 +206,7 @@ class KFAC(_Kronecker):
         return Q
 
     def _backward(self, sig, shift, guards, generator):
+        """Each layer's D, (NC, M_out), by its smaller side."""
         # one sample's gradients serve a linear net; times root N they are all of them
         shared = sig.first if sig.linear else sig
         factors = []
@@ -320,6 +322,7 @@ class SampledKFAC(_Kronecker):
         return 1 / len(sig.H)
 
     def _backward(self, sig, shift, guards, generator):
+        """Each layer's draws pulled back, (NK, M_out), by its units."""
         drawn = self._draw(sig, generator) / self.samples**0.5
         return [
             _Backward(inverse_covariance(S.flatten(0, 1), self.variance * shift, guard))
@@ -392,6 +395,7 @@ class TridiagonalKFAC(WeightSide):
     """
 
     def _inverse(self, sig, damping, generator=None):
+        """From residuals (..., N, C) to a matrix a layer, coupled to the next."""
         if not damping:
             raise ValueError(
                 "damping=0: this Fisher needs a positive damping, its conditional"

@@ -137,6 +137,7 @@ class LayerWise(OutputSide):
         self.rank, self.jitter = check_rank(rank), check_jitter(jitter)
 
     def _sigma(self, layers: int) -> Float[Tensor, "L L"]:
+        """Sigma (L, L), checked against the number of trained layers."""
         if len(self.sigma) != layers:
             size = len(self.sigma)
             raise ValueError(
@@ -177,6 +178,7 @@ class LayerWise(OutputSide):
         return poles.flip(0) / factors.columns
 
     def _inverse(self, factors, damping):
+        """From residuals (NC, k) to weights a layer, by the cheapest of three ways."""
         sigma, dtype = self._sigma(factors.depth).to(factors.device), factors.dtype
         if damping and torch.equal(sigma, sigma.diag().diag()):
             return self._decoupled(factors, (1 / sigma.diag()).to(dtype), damping)
@@ -281,6 +283,7 @@ class LayerWise(OutputSide):
         return Inverse(apply, inverse.info)
 
     def _describe_poles(self, factors, damping) -> str:
+        """The band of the poles and the nearest one, in words."""
         poles = self.poles(factors)
         if not len(poles):
             return "none but 0"

@@ -67,6 +67,7 @@ class UnitWise(WeightSide):
         self.rank = check_rank(rank)
 
     def _inverse(self, sig, damping, generator=None):
+        """From residuals (..., N, C) to pairs (E, H), unit by unit."""
         numbers = sum(D.shape[1] for D in sig.D) * sig.n**2
         solvers = [
             self._units(H @ H.T, _activity(sig, D), sig.n * damping, numbers, l)
@@ -112,21 +113,22 @@ class UnitWise(WeightSide):
                 yield t, inverse_stack(M, guard)
 
         again = factorised(factors, numbers)
-
-        def weights(r: Float[Tensor, "*k N units"]) -> Float[Tensor, "*k N units"]:
-            columns = (inverse_roots * r).reshape(-1, *roots.T.shape)
-            columns = columns.permute(2, 1, 0).contiguous()
-            parts, start = [], 0
-            for t, solve in again():
-                b = columns[start : start + len(t)]
-                parts.append(t[:, :, None] * solve(b))
-                start += len(t)
-            return torch.cat(parts).permute(2, 1, 0).reshape(r.shape)
-
-        return weights
+        return lambda r: _through_units(inverse_roots * r, again())
 
     def __repr__(self) -> str:
         return f"UnitWise(rank={self.rank!r})"
+
+
+def _through_units(
+    r: Float[Tensor, "*k N units"], solves
+) -> Float[Tensor, "*k N units"]:
+    """Residuals through each batch of units: its roots t (batch, N), its solve."""
+    columns = r.reshape(-1, *r.shape[-2:]).permute(2, 1, 0).contiguous()
+    parts, start = [], 0
+    for t, solve in solves:
+        parts.append(t[:, :, None] * solve(columns[start : start + len(t)]))
+        start += len(t)
+    return torch.cat(parts).permute(2, 1, 0).reshape(r.shape)
 
 
 class Diagonal(WeightSide):
@@ -155,6 +157,7 @@ class Diagonal(WeightSide):
     """
 
     def _inverse(self, sig, damping, generator=None):
+        """From residuals (..., N, C) to gradients over second moments."""
         moments = [
             _activity(sig, D) @ H.square() + sig.n * damping
             for H, D in zip(sig.H, sig.D)
@@ -199,6 +202,7 @@ class QuasiDiagonal(Diagonal):
     """
 
     def _inverse(self, sig, damping, generator=None):
+        """From residuals (..., N, C) to weights behind the bias, and the bias."""
         if any(
             layer.bias is None or H.shape[1] != layer.in_features + 1
             for layer, H in zip(sig.layers, sig.H)
