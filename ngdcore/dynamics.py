@@ -76,11 +76,7 @@ def trajectory(
     >>> ngd.dynamics.trajectory(Q, 0 * y, y, 0.5, [1, math.inf])[:, 0, 0].tolist()
     [0.5, 1.0]
     """
-    if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (y.numel(), y.numel()):
-        raise ValueError(
-            "f0 and y must be (N, C) and Q (NC, NC), not"
-            f" {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
-        )
+    _check_shapes(Q, f0, y, Q_test)
     times, r0 = _times(steps, lr), (f0 - y).reshape(-1)
     if torch.allclose(Q, Q.T, rtol=1e-9, atol=1e-12 * float(Q.abs().max())):
         values, vectors = torch.linalg.eigh((Q + Q.T) / 2)
@@ -92,12 +88,23 @@ def trajectory(
     outputs = y + residuals.view(-1, *y.shape)
     if Q_test is None:
         return outputs
-    if Q_test.ndim != 2 or Q_test.shape[1] != len(r0) or Q_test.shape[0] % y.shape[1]:
-        raise ValueError(
-            f"Q_test must be (N'C, NC) = (., {len(r0)}), not {tuple(Q_test.shape)}"
-        )
     start = Q.new_zeros(len(Q_test)) if f0_test is None else f0_test.reshape(-1)
     return outputs, (start - sums @ Q_test.T).view(len(times), -1, y.shape[1])
+
+
+def _check_shapes(Q, f0, y, Q_test) -> None:
+    """Raise unless Q is (NC, NC), f0 and y (N, C), and Q_test, if given, (N'C, NC)."""
+    if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (y.numel(), y.numel()):
+        raise ValueError(
+            "f0 and y must be (N, C) and Q (NC, NC), not"
+            f" {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
+        )
+    if Q_test is None:
+        return
+    if Q_test.ndim != 2 or Q_test.shape[1] != len(Q) or len(Q_test) % y.shape[1]:
+        raise ValueError(
+            f"Q_test must be (N'C, NC) = (., {len(Q)}), not {tuple(Q_test.shape)}"
+        )
 
 
 def _times(steps, lr) -> list[float]:
@@ -112,6 +119,7 @@ def _times(steps, lr) -> list[float]:
 
 
 def _refuse(steps):
+    """The error that says what steps may be."""
     raise ValueError(
         f"steps={steps} must be a whole number of steps, or ascending whole step counts"
         " from 0 on, math.inf for the limit; for times in between take the gradient"
@@ -183,8 +191,17 @@ def _unsymmetric(Q, r0, lr, times):
 
 
 class Prediction(NamedTuple):
-    """Mean and variance of trained networks' outputs; with several times both have one
-    more dimension in front."""
+    """Mean and variance of trained networks' outputs, made by `predict`; with several
+    times both have one more dimension in front.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> fac = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), depth=2)
+    >>> made = ngd.dynamics.predict(fac, torch.ones(2, 3, dtype=torch.float64), [0, 1])
+    >>> made.mean.shape, made.variance.shape
+    (torch.Size([2, 2, 3]), torch.Size([2, 2]))
+    """
 
     mean: Float[Tensor, "*T N C"]
     variance: Float[Tensor, "*T N"]
@@ -253,15 +270,7 @@ def predict(
     >>> torch.allclose(mean, y), bool(variance.abs().max() < 1e-9)
     (True, True)
     """
-    if not isinstance(factors, Factors) or factors.train.signals is not None:
-        raise TypeError(
-            "factors must be analytic, of infinitely wide networks; for one finite"
-            " network see dynamics.trajectory"
-        )
-    if y.ndim != 2 or len(y) != factors.columns:
-        raise ValueError(
-            f"y must be (N, C) with N = {factors.columns}, not {tuple(y.shape)}"
-        )
+    _check_ensemble(factors, y)
     rows = factors.scalar or factors
     train, ts = rows.train, _times(times, None)
     Q, Q_rows = _coefficients(rows, fisher, damping)
@@ -280,14 +289,25 @@ def predict(
     return Prediction(mean[0], variance[0]) if single else Prediction(mean, variance)
 
 
+def _check_ensemble(factors, y) -> None:
+    """Raise unless factors are analytic and y (N, C) fits them."""
+    if not isinstance(factors, Factors) or factors.train.signals is not None:
+        raise TypeError(
+            "factors must be analytic, of infinitely wide networks; for one finite"
+            " network see dynamics.trajectory"
+        )
+    if y.ndim != 2 or len(y) != factors.columns:
+        raise ValueError(
+            f"y must be (N, C) with N = {factors.columns}, not {tuple(y.shape)}"
+        )
+
+
 def _coefficients(rows, fisher, damping):
     """Q (N, N) of the training rows, and of these rows (N', N)."""
     train = rows.train
     if fisher is None:
-        pair = train.gram() / train.columns, rows.gram() / train.columns
-    else:
-        pair = (fisher.coefficient(f, damping=damping) for f in (train, rows))
-    return pair
+        return train.gram() / train.columns, rows.gram() / train.columns
+    return tuple(fisher.coefficient(f, damping) for f in (train, rows))
 
 
 def flow(
@@ -339,29 +359,32 @@ def flow(
     ts = np.asarray([float(t) for t in times])
     if len(ts) == 0 or ts[0] < 0 or not (np.diff(ts) >= 0).all() or ts[-1] == math.inf:
         raise ValueError(f"times={times} must be finite and ascend from 0 on")
-    sizes = [p.numel() for p in parts]
-
-    def unpack(theta):
-        pieces = torch.from_numpy(np.array(theta)).split(sizes)
-        return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
-
-    def pack(weights):
-        flat = [w.detach().reshape(-1).double().cpu() for w in weights]
-        return torch.cat(flat).numpy()
 
     def slope(_, theta):
-        weights = unpack(theta)
+        weights = _unflatten(theta, parts)
         change = [velocity(weights[0])] if single else list(velocity(weights))
         if [c.shape for c in change] != [p.shape for p in parts]:
             raise ValueError("velocity must return tensors shaped like its weights")
-        return pack(change)
+        return _flatten(change)
 
-    done = solve_ivp(slope, (0, ts[-1]), pack(parts), method, ts, rtol=rtol, atol=atol)
+    begin = _flatten(parts)
+    done = solve_ivp(slope, (0, ts[-1]), begin, method, ts, rtol=rtol, atol=atol)
     if not done.success:
         raise ArithmeticError(f"the flow stopped before t={ts[-1]:g}: {done.message}")
-    paths = [unpack(theta) for theta in done.y.T]
+    paths = [_unflatten(theta, parts) for theta in done.y.T]
     made = [torch.stack(path) for path in zip(*paths)]
     return made[0] if single else made
+
+
+def _flatten(parts: Sequence[Tensor]) -> np.ndarray:
+    """Tensors as one float64 vector of NumPy's."""
+    return torch.cat([p.detach().reshape(-1).double().cpu() for p in parts]).numpy()
+
+
+def _unflatten(theta: np.ndarray, parts: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of the vector, as tensors like parts."""
+    pieces = torch.from_numpy(np.array(theta)).split([p.numel() for p in parts])
+    return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
 
 
 def gd_lr(gram: Tensor, n: int) -> float:

@@ -242,6 +242,7 @@ class Factors(ABC):
         return sum(block.T @ V[part] for part, block in self.blocks())
 
     def _chosen(self, layers: Sequence[int] | None) -> list[int]:
+        """These layers (all for None), checked and counted from 0."""
         for l in layers or []:
             if not isinstance(l, Integral) or not -self.depth <= l < self.depth:
                 raise ValueError(
@@ -252,6 +253,7 @@ class Factors(ABC):
         return [l % self.depth for l in every]
 
     def _must_be_square(self, what: str) -> None:
+        """Raise, for `what`, where rows are other samples than columns."""
         if self.train is not self:
             raise ValueError(
                 f"{what} needs square factors (training rows); these have other rows"
@@ -338,6 +340,7 @@ class _Empirical(Factors):
         return total.flatten()
 
     def _gram_tile(self, rows, columns, out):
+        """K, (n, C, m, C): the product of the sides of every layer."""
         (K,) = out
         K.zero_()
         for l in range(self.depth):
@@ -350,6 +353,8 @@ class _Empirical(Factors):
             torch.mul(B, A[:, None, :, None], out=K)
 
     def _all_A(self, layers):
+        """A_l, (rows, columns) each: one product, D is not asked for."""
+
         def write(r, s, out):
             for l, place in zip(layers, out):
                 place[:, 0, :, 0] = self._tile_A(l, r, s)
@@ -357,6 +362,8 @@ class _Empirical(Factors):
         return self._assemble(write, len(layers), c=1)
 
     def _all_B(self, layers):
+        """B_l, (rows C, columns C) each."""
+
         def write(r, s, out):
             for l, place in zip(layers, out):
                 place.copy_(self._tile_B(l, r, s))
@@ -374,6 +381,7 @@ class _Empirical(Factors):
         return B.view(_length(rows), self.c, _length(columns), self.c)
 
     def _times(self, V, transposed=False):
+        """K V by pull and push, a column at a time."""
         rows, columns = self.signals, self._columns
         to, fro = (columns, rows) if transposed else (rows, columns)
         done = [to.jvp(fro.vjp(v)).flatten() for v in V.T]

@@ -90,6 +90,14 @@ class Rectified(Dual):
     -----
     Cho & Saul (2009). Half the sum and half the difference of the two slopes make an
     odd and an even part, :math:`\frac{1+a}2 u + \frac{1-a}2 |u|`, which do not meet.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> fac = ngd.kernels.analytic(x, 2, torch.nn.LeakyReLU(0.2))
+    >>> fac
+    <analytic factors: 3 x 3, C=1, depth=2, Rectified(0.2), 2, 0>
     """
 
     def __init__(self, negative_slope: float = 0.0):
@@ -147,6 +155,12 @@ class ErfDual(Dual):
     Williams (1997): :math:`E\,\phi\phi' = \frac2\pi \arcsin\rho` with
     :math:`\rho = 2 c s s'/\sqrt{(1 + 2s^2)(1 + 2s'^2)}`. The arcsine is taken from
     :math:`1 - \rho^2`, which does not cancel where both are large.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), 2, torch.erf)
+    <analytic factors: 3 x 3, C=1, depth=2, ErfDual(), 2, 0>
     """
 
     def rms(self, s):
@@ -194,6 +208,13 @@ class Shifted(Dual):
     and the same integral with weight :math:`\cos\alpha - \cos\theta` what the
     correlation of :math:`\phi(u), \phi(u')` lacks to that at :math:`\theta = 0`.
     Obtuse angles are mirrored, :math:`(h, k, \theta) \to (h, -k, \pi - \theta)`.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> ngd.kernels.analytic(x, 2, ngd.models.ShiftedReLU(0.5))
+    <analytic factors: 3 x 3, C=1, depth=2, Shifted(0.5), 2, 0>
     """
 
     def __init__(self, shift: float):
@@ -305,6 +326,12 @@ class Hermite(Dual):
     With :math:`a_k(s) = E\,\phi(sz)\,h_k(z)`, by the trapezoidal rule,
     :math:`E\,\phi\phi' = \sum_k c^k a_k a_k'` (Mehler), and its derivative in the
     correlation c gives :math:`E\,\phi'\phi'` (Price).
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), 2, torch.tanh)
+    <analytic factors: 3 x 3, C=1, depth=2, Hermite(tanh), 2, 0>
     """
 
     def __init__(self, phi: Callable[[Tensor], Tensor]):
@@ -313,7 +340,7 @@ class Hermite(Dual):
         self.phi = phi
 
     def __repr__(self) -> str:
-        name = getattr(self.phi, "__name__", str(self.phi))
+        name = getattr(self.phi, "__name__", type(self.phi).__name__)
         return f"Hermite({name})"
 
     def rms(self, s):
