@@ -189,8 +189,17 @@ def _unsymmetric(Q, r0, lr, times):
 
 
 class Prediction(NamedTuple):
-    """Mean and variance of trained networks' outputs; with several times both have one
-    more dimension in front."""
+    """Mean and variance of trained networks' outputs, made by `predict`; with several
+    times both have one more dimension in front.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> fac = ngd.kernels.analytic(torch.eye(2, dtype=torch.float64), depth=2)
+    >>> made = ngd.dynamics.predict(fac, torch.ones(2, 3, dtype=torch.float64), [0, 1])
+    >>> made.mean.shape, made.variance.shape
+    (torch.Size([2, 2, 3]), torch.Size([2, 2]))
+    """
 
     mean: Float[Tensor, "*T N C"]
     variance: Float[Tensor, "*T N"]
@@ -295,10 +304,8 @@ def _coefficients(rows, fisher, damping):
     """Q (N, N) of the training rows, and of these rows (N', N)."""
     train = rows.train
     if fisher is None:
-        pair = train.gram() / train.columns, rows.gram() / train.columns
-    else:
-        pair = (fisher.coefficient(f, damping=damping) for f in (train, rows))
-    return pair
+        return train.gram() / train.columns, rows.gram() / train.columns
+    return tuple(fisher.coefficient(f, damping) for f in (train, rows))
 
 
 def flow(
@@ -357,7 +364,7 @@ def flow(
         return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
 
     def slope(_, theta):
-        weights = unpack(theta)
+        weights = _unflatten(theta, parts)
         change = [velocity(weights[0])] if single else list(velocity(weights))
         if [c.shape for c in change] != [p.shape for p in parts]:
             raise ValueError("velocity must return tensors shaped like its weights")
@@ -366,7 +373,7 @@ def flow(
     done = solve_ivp(slope, (0, ts[-1]), _pack(parts), method, ts, rtol=rtol, atol=atol)
     if not done.success:
         raise ArithmeticError(f"the flow stopped before t={ts[-1]:g}: {done.message}")
-    paths = [unpack(theta) for theta in done.y.T]
+    paths = [_unflatten(theta, parts) for theta in done.y.T]
     made = [torch.stack(path) for path in zip(*paths)]
     return made[0] if single else made
 

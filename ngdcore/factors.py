@@ -353,6 +353,8 @@ class _Empirical(Factors):
             torch.mul(B, A[:, None, :, None], out=K)
 
     def _all_A(self, layers):
+        """A_l, (rows, columns) each: one product, D is not asked for."""
+
         def write(r, s, out):
             for l, place in zip(layers, out):
                 place[:, 0, :, 0] = self._tile_A(l, r, s)
@@ -360,6 +362,8 @@ class _Empirical(Factors):
         return self._assemble(write, len(layers), c=1)
 
     def _all_B(self, layers):
+        """B_l, (rows C, columns C) each."""
+
         def write(r, s, out):
             for l, place in zip(layers, out):
                 place.copy_(self._tile_B(l, r, s))
@@ -377,6 +381,7 @@ class _Empirical(Factors):
         return B.view(_length(rows), self.c, _length(columns), self.c)
 
     def _times(self, V, transposed=False):
+        """K V by pull and push, a column at a time."""
         rows, columns = self.signals, self._columns
         to, fro = (columns, rows) if transposed else (rows, columns)
         done = [to.jvp(fro.vjp(v)).flatten() for v in V.T]

@@ -87,6 +87,7 @@ def _exact_relu_ntk(x, i, j, depth, weight_var, bias_var):
 
     k = [cov(u, u), cov(u, w), cov(w, w)]
     weight_var, bias_var = mpmath.mpf(weight_var), mpmath.mpf(bias_var)
+    k = [cov(u, u), cov(u, w), cov(w, w)]
     forward, slopes = [k[1]], []
     for _ in range(depth - 1):
         root = mpmath.sqrt(k[0] * k[2])
@@ -507,6 +508,17 @@ def test_small_inputs_make_linear_nets():
         assert relative(K, gain * plain) < 1e-12
     K = ngd.kernels.analytic(1e-160 * x, 3, "relu", 2.0, 0.1).gram()
     assert torch.allclose(K, K[0, 0].expand(5, 5))
+
+
+def test_small_inputs_see_a_linear_net():
+    x = ngd.data.sphere(5, 4)
+    K = ngd.kernels.analytic(2 * x[:1].float(), 80, "relu", 1.0).gram()
+    assert float(K) == pytest.approx(80 * 2 * 2**-80, rel=1e-4)
+    plain = ngd.kernels.analytic(1e-9 * x, 3, "identity", 1.3).gram()
+    for phi in ("erf", "tanh", torch.sin):
+        K = ngd.kernels.analytic(1e-9 * x, 3, phi, 1.3).gram()
+        gain = (4 / math.pi) ** 2 if phi == "erf" else 1.0
+        assert relative(K, gain * plain) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,7 @@ class Hermite(Dual):
         self.phi = phi
 
     def __repr__(self) -> str:
-        name = getattr(self.phi, "__name__", str(self.phi))
+        name = getattr(self.phi, "__name__", type(self.phi).__name__)
         return f"Hermite({name})"
 
     def rms(self, s):

@@ -155,11 +155,10 @@ class _Analytic(Factors):
     def _layer_tiles(self, rows, columns, layers, out):
         """The tiles A_l B_l of these layers, (n, 1, m, 1) each, into out."""
         A, slopes = zip(*self._sweep(rows, columns, self.depth))
-        B, wanted = None, dict(zip(layers, out))
-        for l in reversed(range(min(layers), self.depth)):
-            B = slopes[l] if B is None else B.mul_(slopes[l])
+        wanted = dict(zip(layers, out))
+        for l, B in _backwards(slopes, min(layers)):
             if l in wanted:
-                wanted[l][:, 0, :, 0] = A[l] if B is None else A[l] * B
+                wanted[l][:, 0, :, 0] = A[l] * B
 
     def _all_A(self, layers):
         """A_l of these layers, (rows, columns) each, in one recursion."""
@@ -178,11 +177,10 @@ class _Analytic(Factors):
 
         def write(r, s, out):
             slopes = [S for _, S in self._sweep(r, s, self.depth)]
-            B, wanted = None, dict(zip(layers, out))
-            for l in reversed(range(min(layers), self.depth)):
-                B = slopes[l] if B is None else B.mul_(slopes[l])
+            wanted = dict(zip(layers, out))
+            for l, B in _backwards(slopes, min(layers)):
                 if l in wanted:
-                    wanted[l][:, 0, :, 0] = 1.0 if B is None else B
+                    wanted[l][:, 0, :, 0] = B
 
         return self._assemble(write, len(layers))
 
@@ -225,6 +223,14 @@ class _Analytic(Factors):
                         f" weight_var={net.weight_var:g}, bias_var={net.bias_var:g},"
                         f" {net.activation}: use {remedy}other variances or scaled x"
                     )
+
+
+def _backwards(slopes, first: int) -> Iterator[tuple[int, "Tensor | float"]]:
+    """l and B_l (n, m), from the last layer, where it is 1, down to `first`."""
+    B = 1.0
+    for l in reversed(range(first, len(slopes))):
+        B = B if slopes[l] is None else slopes[l] * B
+        yield l, B
 
 
 def _one_minus_cosine(left: _Rows, right: _Rows, rows: slice, columns: slice) -> Tensor:
