@@ -93,16 +93,18 @@ def trajectory(
 
 
 def _check_shapes(Q, f0, y, Q_test) -> None:
-    """Raise unless f0, y are (N, C), Q is (NC, NC) and Q_test (N'C, NC) or None."""
-    nc = y.numel()
-    if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (nc, nc):
+    """Raise unless Q is (NC, NC), f0 and y (N, C), and Q_test, if given, (N'C, NC)."""
+    if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (y.numel(), y.numel()):
         raise ValueError(
             "f0 and y must be (N, C) and Q (NC, NC), not"
             f" {tuple(f0.shape)}, {tuple(y.shape)}, {tuple(Q.shape)}"
         )
-    shape = (0, nc) if Q_test is None else tuple(Q_test.shape)
-    if len(shape) != 2 or shape[1] != nc or shape[0] % y.shape[1]:
-        raise ValueError(f"Q_test must be (N'C, NC) = (., {nc}), not {shape}")
+    if Q_test is None:
+        return
+    if Q_test.ndim != 2 or Q_test.shape[1] != len(Q) or len(Q_test) % y.shape[1]:
+        raise ValueError(
+            f"Q_test must be (N'C, NC) = (., {len(Q)}), not {tuple(Q_test.shape)}"
+        )
 
 
 def _times(steps, lr) -> list[float]:
@@ -117,7 +119,7 @@ def _times(steps, lr) -> list[float]:
 
 
 def _refuse(steps):
-    """Raise for steps that are no times."""
+    """The error that says what steps may be."""
     raise ValueError(
         f"steps={steps} must be a whole number of steps, or ascending whole step counts"
         " from 0 on, math.inf for the limit; for times in between take the gradient"
@@ -288,7 +290,7 @@ def predict(
 
 
 def _check_ensemble(factors, y) -> None:
-    """Raise unless the factors are analytic and y has a row (C) for each column."""
+    """Raise unless factors are analytic and y (N, C) fits them."""
     if not isinstance(factors, Factors) or factors.train.signals is not None:
         raise TypeError(
             "factors must be analytic, of infinitely wide networks; for one finite"
@@ -355,22 +357,19 @@ def flow(
     single = isinstance(start, Tensor)
     parts = [start] if single else list(start)
     ts = np.asarray([float(t) for t in times])
-    if len(ts) == 0 or ts[0] < 0 or not (np.diff(ts) >= 0).all() or ts[-1] == math.inf:
+    ascend = (np.diff(ts, prepend=0.0) >= 0).all()  # not so for NaN
+    if len(ts) == 0 or not ascend or ts[-1] == math.inf:
         raise ValueError(f"times={times} must be finite and ascend from 0 on")
-    sizes = [p.numel() for p in parts]
-
-    def unpack(theta):
-        pieces = torch.from_numpy(np.array(theta)).split(sizes)
-        return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
 
     def slope(_, theta):
         weights = _unflatten(theta, parts)
         change = [velocity(weights[0])] if single else list(velocity(weights))
         if [c.shape for c in change] != [p.shape for p in parts]:
             raise ValueError("velocity must return tensors shaped like its weights")
-        return _pack(change)
+        return _flatten(change)
 
-    done = solve_ivp(slope, (0, ts[-1]), _pack(parts), method, ts, rtol=rtol, atol=atol)
+    begin = _flatten(parts)
+    done = solve_ivp(slope, (0, ts[-1]), begin, method, ts, rtol=rtol, atol=atol)
     if not done.success:
         raise ArithmeticError(f"the flow stopped before t={ts[-1]:g}: {done.message}")
     paths = [_unflatten(theta, parts) for theta in done.y.T]
@@ -378,9 +377,15 @@ def flow(
     return made[0] if single else made
 
 
-def _pack(weights: Sequence[Tensor]) -> np.ndarray:
-    """Weights of any shapes as one vector of float64 on the CPU."""
-    return torch.cat([w.detach().reshape(-1).double().cpu() for w in weights]).numpy()
+def _flatten(parts: Sequence[Tensor]) -> np.ndarray:
+    """Tensors as one float64 vector of NumPy's."""
+    return torch.cat([p.detach().reshape(-1).double().cpu() for p in parts]).numpy()
+
+
+def _unflatten(theta: np.ndarray, parts: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of the vector, as tensors like parts."""
+    pieces = torch.from_numpy(np.array(theta)).split([p.numel() for p in parts])
+    return [v.reshape(p.shape).to(p) for v, p in zip(pieces, parts)]
 
 
 def gd_lr(gram: Tensor, n: int) -> float:

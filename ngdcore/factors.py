@@ -242,7 +242,7 @@ class Factors(ABC):
         return sum(block.T @ V[part] for part, block in self.blocks())
 
     def _chosen(self, layers: Sequence[int] | None) -> list[int]:
-        """Layers counted from 0, checked; all of them for None."""
+        """These layers (all for None), checked and counted from 0."""
         for l in layers or []:
             if not isinstance(l, Integral) or not -self.depth <= l < self.depth:
                 raise ValueError(
@@ -253,7 +253,7 @@ class Factors(ABC):
         return [l % self.depth for l in every]
 
     def _must_be_square(self, what: str) -> None:
-        """Raise where rows are not the columns."""
+        """Raise, for `what`, where rows are other samples than columns."""
         if self.train is not self:
             raise ValueError(
                 f"{what} needs square factors (training rows); these have other rows"
@@ -340,7 +340,7 @@ class _Empirical(Factors):
         return total.flatten()
 
     def _gram_tile(self, rows, columns, out):
-        """The Gram's tile into out[0], (n, C, m, C)."""
+        """K, (n, C, m, C): the product of the sides of every layer."""
         (K,) = out
         K.zero_()
         for l in range(self.depth):

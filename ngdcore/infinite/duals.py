@@ -93,9 +93,11 @@ class Rectified(Dual):
 
     Examples
     --------
-    >>> import torch
-    >>> float(Rectified(-1.0).rms(torch.tensor(3.0)))  # |u| at standard deviation 3
-    3.0
+    >>> import torch, ngdcore as ngd
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> fac = ngd.kernels.analytic(x, 2, torch.nn.LeakyReLU(0.2))
+    >>> fac
+    <analytic factors: 3 x 3, C=1, depth=2, Rectified(0.2), 2, 0>
     """
 
     def __init__(self, negative_slope: float = 0.0):
@@ -156,9 +158,9 @@ class ErfDual(Dual):
 
     Examples
     --------
-    >>> import torch
-    >>> round(float(ErfDual().rms(torch.tensor([1.0]))), 4)
-    0.6816
+    >>> import torch, ngdcore as ngd
+    >>> ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), 2, torch.erf)
+    <analytic factors: 3 x 3, C=1, depth=2, ErfDual(), 2, 0>
     """
 
     def rms(self, s):
@@ -209,9 +211,10 @@ class Shifted(Dual):
 
     Examples
     --------
-    >>> import torch
-    >>> round(float(Shifted(1.0).rms(torch.ones(1).double())), 4)
-    0.2745
+    >>> import torch, ngdcore as ngd
+    >>> x = torch.eye(3, dtype=torch.float64)
+    >>> ngd.kernels.analytic(x, 2, ngd.models.ShiftedReLU(0.5))
+    <analytic factors: 3 x 3, C=1, depth=2, Shifted(0.5), 2, 0>
     """
 
     def __init__(self, shift: float):
@@ -327,9 +330,8 @@ class Hermite(Dual):
     Examples
     --------
     >>> import torch, ngdcore as ngd
-    >>> x = torch.eye(2, dtype=torch.float64)
-    >>> ngd.kernels.analytic(x, 3, ngd.infinite.Hermite(torch.sin)).c
-    1
+    >>> ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), 2, torch.tanh)
+    <analytic factors: 3 x 3, C=1, depth=2, Hermite(tanh), 2, 0>
     """
 
     def __init__(self, phi: Callable[[Tensor], Tensor]):

@@ -145,7 +145,7 @@ class _Analytic(Factors):
         return super().layers(only)
 
     def _gram_tile(self, rows, columns, out):
-        """The Gram's tile into out[0], (n, 1, m, 1): Horner's rule over the layers."""
+        """K to out[0], (n, 1, m, 1), layer by layer: K <- A_l + slope * K."""
         K, before = None, None
         for A, slope in self._sweep(rows, columns, self.depth):
             K = A if K is None else torch.addcmul(A, before, K)
@@ -153,7 +153,7 @@ class _Analytic(Factors):
         out[0][:, 0, :, 0] = K
 
     def _layer_tiles(self, rows, columns, layers, out):
-        """The tiles A_l B_l of these layers, (n, 1, m, 1) each, into out."""
+        """A_l * B_l to out, (n, 1, m, 1) each."""
         A, slopes = zip(*self._sweep(rows, columns, self.depth))
         wanted = dict(zip(layers, out))
         for l, B in _backwards(slopes, min(layers)):
@@ -161,7 +161,7 @@ class _Analytic(Factors):
                 wanted[l][:, 0, :, 0] = A[l] * B
 
     def _all_A(self, layers):
-        """A_l of these layers, (rows, columns) each, in one recursion."""
+        """A_l, (rows, columns) each; the recursion goes no further than the last."""
         self._check(lambda rows: [rows.diagonals()[0][l] for l in layers])
 
         def write(r, s, out):
@@ -172,7 +172,7 @@ class _Analytic(Factors):
         return self._assemble(write, len(layers), c=1)
 
     def _all_B(self, layers):
-        """B_l of these layers, (rows C, columns C) each, in one recursion."""
+        """B_l, (rows C, columns C) each."""
         self._check(lambda rows: [rows.diagonals()[1][l] for l in layers])
 
         def write(r, s, out):
