@@ -373,7 +373,7 @@ def quasi_diagonal(net, x, rows=None, damping=0.0, R=None):
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in the Frobenius norm.
+    """:math:`|a - b|/|b|` in the Frobenius norm.
 
     Examples
     --------
