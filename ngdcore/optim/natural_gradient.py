@@ -358,6 +358,10 @@ class NaturalGradient(torch.optim.Optimizer):
         draws = dict(generator=self._generator) if self._draws else {}
         try:
             self._update, info = self.fisher.solve(seen, r, damping, out, **draws)
+            if self.metric is not None and not all(
+                bool(torch.isfinite(d).all()) for d in self._update
+            ):
+                raise RankDeficient("the step overflows: the weighted Gram is tiny")
         except RankDeficient as error:
             if self.metric is None:
                 raise
