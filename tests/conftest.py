@@ -110,8 +110,8 @@ def run_chapter(request, pool, wheel, cache):
     """chapter -> (executed notebook, CPU seconds). Each runs once, as on Colab: its
     .ipynb, the wheel, an empty folder.
 
-    CPU seconds of the kernel are no less than what a reader with an idle core waits; a
-    busy machine adds none."""
+    CPU seconds of the kernel, told in those of a quiet machine, are no less than what a
+    reader with an idle core waits; a busy or slow machine adds none."""
     env = environment(PYTHONPATH=str(wheel), NGD_BOOK="1")  # the book's figures
     runs = {
         stem: pool.submit(from_wheel, stem, env)

@@ -24,16 +24,33 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = max(2, min(4, os.cpu_count() or 1))  # kernels of one thread each
+# Machines, and hours on one machine, differ by a factor of three: what a chapter costs is
+# told in seconds of a quiet machine, on which this piece of work takes YARD of them.
+YARDSTICK = """import time, torch
+torch.set_num_threads(1)
+def yardstick():
+    start, a, x = time.process_time(), torch.ones(500, 500).double(), torch.ones(100)
+    for _ in range(20):
+        a @ a
+    for _ in range(8000):
+        torch.relu(x)
+    for _ in range(800_000):
+        x
+    return time.process_time() - start
+yardstick()
+yard_before = yardstick()"""
+YARD = 0.1
 PROBE = """import ngdcore
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 used = [getrusage(who) for who in (RUSAGE_SELF, RUSAGE_CHILDREN)]
-print(sum(u.ru_utime + u.ru_stime for u in used), ngdcore.__file__)"""
+used = sum(u.ru_utime + u.ru_stime for u in used)
+print(used, (yard_before + yardstick()) / 2, ngdcore.__file__)"""
 
 
 class Run(NamedTuple):
     nb: nbformat.NotebookNode  # executed
     seconds: float  # that passed
-    cpu: float  # CPU seconds of the kernel
+    cpu: float  # CPU seconds of the kernel, as on a quiet machine
     package: str  # the copy of ngdcore that it imported
 
 
@@ -48,6 +65,7 @@ def execute(nb, env, **options):
     """Run a notebook in an empty folder, in a kernel of its own that has this
     environment.
     """
+    nb.cells.insert(0, nbformat.v4.new_code_cell(YARDSTICK))
     nb.cells.append(nbformat.v4.new_code_cell(PROBE))
     # A run is found again by its code cells with their metadata, and by the kernel's
     # name: all stay as written.
@@ -60,12 +78,10 @@ def execute(nb, env, **options):
         NotebookClient(nb, timeout=600, record_timing=False, **options).execute(
             env=env | THREADS
         )
-    seconds, (cpu, package) = (
-        time.perf_counter() - start,
-        nb.cells.pop().outputs[0]["text"].split(),
-    )
-    nb.metadata.kernelspec = kernelspec
-    return Run(nb, seconds, float(cpu), package)
+    seconds, nb.metadata.kernelspec = time.perf_counter() - start, kernelspec
+    del nb.cells[0]
+    cpu, yard, package = "".join(out["text"] for out in nb.cells.pop().outputs).split()
+    return Run(nb, seconds, float(cpu) * YARD / float(yard), package)
 
 
 def keep(cache, nb, path, seconds):
