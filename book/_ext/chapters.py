@@ -24,8 +24,8 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = max(2, min(4, os.cpu_count() or 1))  # kernels of one thread each
-# Machines, and hours on one machine, differ by a factor of three: what a chapter costs is
-# told in seconds of a quiet machine, on which this piece of work takes YARD of them.
+# Machines, and hours on one machine, differ by a factor of three: what a chapter costs
+# is told in seconds of a quiet machine, on which this piece of work takes YARD of them.
 YARDSTICK = """import time, torch
 torch.set_num_threads(1)
 def yardstick():
