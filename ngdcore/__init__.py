@@ -20,6 +20,7 @@ __all__ = [
     "optim",
     "dynamics",
     "plotting",
+    "opening",
     "chapter",
     "ledger",
 ]
@@ -27,8 +28,10 @@ __all__ = [
 
 def __getattr__(name: str):
     """Rooms that only chapters enter are imported when their name is first used."""
-    if name in ("plotting", "chapter", "ledger"):
+    if name in ("plotting", "opening", "ledger"):
         return import_module(f".{name}", __name__)
+    if name == "chapter":
+        return import_module(".opening", __name__).chapter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

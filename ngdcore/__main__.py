@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .chapter import SCALES
 from .extras import load
 from .ledger import harvest
+from .opening import SCALES
 
 
 def main(argv: list[str] | None = None) -> None:

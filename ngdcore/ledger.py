@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from .arrays import numbers
-from .chapter import Settings, scale
 from .extras import load
+from .opening import Settings, scale
 
 __all__ = ["record", "verdict", "registry", "harvest", "save", "recorded", "glue"]
 
@@ -64,13 +64,16 @@ def record(
     rel: str = "==",
     rtol: float = 0.0,
     atol: float = 0.0,
+    unlike: dict | None = None,
+    sharp: str | None = None,
+    tolerance_after_look: bool = False,
     printed=None,
     printed_rel: str | None = None,
     derived: bool = False,
     note: str | None = None,
 ) -> dict:
-    r"""Write one row of the ledger: is ``measured rel predicted`` within tolerance, and
-    was it so in print?
+    r"""Write one row of the ledger: is ``measured rel predicted`` within tolerance,
+    could it have been otherwise, and was it so in print?
 
     With :math:`s = atol + rtol\,|p|`, ``==`` holds where :math:`|m - p| \le s`, ``<=``
     where :math:`m \le p + s`, and ``>=`` where :math:`m \ge p - s`; arrays hold where
@@ -86,6 +89,17 @@ def record(
     rel : {"==", "<=", ">="}
     rtol, atol : float
         From a reason stated in the chapter before the run.
+    unlike : dict, optional
+        One to three rivals, ``{what it would be: its value}``: plausible wrong
+        predictions (the neighbouring exponent, the factor 2, the other norm). Each is
+        put in the place of ``predicted`` and must fail at the same tolerance; a row
+        with a rival that holds is *blind*: it cannot tell, and does not count as
+        reproduced. For ``==`` one of them should be *near*: within 30 % of the
+        prediction, or one step where both are whole numbers.
+    sharp : str, optional
+        For a bound with room to spare: the row, ``ID/part``, that is sharp beside it.
+    tolerance_after_look : bool
+        The tolerance was widened after a look at the run; the scoreboard says so.
     printed : number or array, optional
         The printed formula, evaluated; a row whose prediction holds while this fails is
         a correction.
@@ -107,20 +121,25 @@ def record(
     KeyError
         For an ID that the registry does not have.
     ValueError
-        For an unknown relation, or shapes that do not broadcast.
+        For an unknown relation, shapes that do not broadcast, or more than three
+        rivals.
 
     Examples
     --------
     >>> row = record("Z-T1/rate", measured=[0.5, 0.2], predicted=[0.5, 0.25], rel="<=")
     >>> row["holds"], row["slack"]
     (True, 1.0)
+    >>> row = record("Z-T1/rate", 0.81, 0.8, rtol=0.02, unlike={"half the rate": 0.9})
+    >>> row["holds"], row["blind"], row["near"]
+    (True, [], True)
     """
-    name, part = _place(claim)
     m, p = numbers(measured), numbers(predicted)
     row = {
-        "id": name,
-        "part": part,
+        **_place(claim),
         **_judged(m, p, rel, float(rtol), float(atol)),
+        **_rivals(m, p, unlike or {}, rel, float(rtol), float(atol)),
+        "sharp": sharp,
+        "tolerance_after_look": bool(tolerance_after_look),
         **_in_print(m, printed, printed_rel or rel, rtol, atol),
         "derived": bool(derived),
         "note": note,
@@ -131,7 +150,7 @@ def record(
     return _Row(row)
 
 
-def _place(claim: str) -> tuple[str, str | None]:
+def _place(claim: str) -> dict:
     """ID and part of ``ID/part``; an ID that the registry does not have is refused."""
     name, _, part = claim.partition("/")
     if name not in registry():
@@ -139,7 +158,7 @@ def _place(claim: str) -> tuple[str, str | None]:
         raise KeyError(
             f"{name!r} is not in the registry of claims; did you mean {close}?"
         )
-    return name, part or None
+    return {"id": name, "part": part or None}
 
 
 def _judged(m: np.ndarray, p: np.ndarray, rel: str, rtol: float, atol: float) -> dict:
@@ -157,6 +176,36 @@ def _judged(m: np.ndarray, p: np.ndarray, rel: str, rtol: float, atol: float) ->
     }
 
 
+def _rivals(
+    m: np.ndarray, p: np.ndarray, unlike: dict, rel: str, rtol: float, atol: float
+) -> dict:
+    """What a row says of the wrong predictions beside it: their values, which of them
+    hold, and whether one is near the right one (None without any).
+    """
+    if len(unlike) > 3:
+        raise ValueError(f"unlike has {len(unlike)} rivals; give one to three")
+    values = {label: numbers(value) for label, value in unlike.items()}
+    return {
+        "unlike": {label: _plain(value) for label, value in values.items()},
+        "blind": [
+            label
+            for label, value in values.items()
+            if _holds(m, value, rel, rtol, atol)
+        ],
+        "near": any(_near(value, p) for value in values.values()) if values else None,
+    }
+
+
+def _near(rival: np.ndarray, p: np.ndarray) -> bool:
+    """Whether a rival is within 30 % of the prediction's largest entry, or, where both
+    are whole numbers, one step away.
+    """
+    rival, p = np.broadcast_arrays(rival, p)
+    distance, size = np.abs(rival - p).max(), np.abs(p).max()
+    whole = bool((rival == np.round(rival)).all() and (p == np.round(p)).all())
+    return bool(distance <= 0.3 * size or (whole and distance <= 1))
+
+
 def _in_print(m: np.ndarray, printed, rel: str, rtol: float, atol: float) -> dict:
     """What a row says of the printed value: itself, its relation, whether it holds."""
     shown = {"printed": None, "printed_rel": rel, "printed_holds": None}
@@ -172,13 +221,16 @@ def _in_print(m: np.ndarray, printed, rel: str, rtol: float, atol: float) -> dic
 def _circumstances(measured, m: np.ndarray) -> dict:
     """How a row was measured: the notebook's settings, scale, seeds, dtype, device."""
     used, tensor = _notebook_settings(), _first_tensor(measured)
+    ran_on = used.pop("device", None) or (
+        tensor.device if tensor is not None else "cpu"
+    )
     one_seed = [used["seed"]] if "seed" in used else []
     return {
         "settings": used,
         "scale": scale(),
         "seeds": used.get("seeds", one_seed),
         "dtype": str((m if tensor is None else tensor).dtype).removeprefix("torch."),
-        "device": "cpu" if tensor is None else str(tensor.device),
+        "device": str(ran_on),
     }
 
 
@@ -194,10 +246,10 @@ def verdict(claim: dict, rows: list[dict]) -> str:
     """The verdict on a claim from its rows: the worst of its parts, ``"open"`` if there
     are none.
 
-    A prediction that fails: *not reproduced*. One that holds where the printed form
-    fails: *corrected*. Otherwise *derived* (a definition, condition, lemma or remark
-    whose steps are asserted), or *reproduced*. Corrections of grade C (readings of a
-    damaged or ambiguous text) are *noted*.
+    A prediction that fails, or that cannot be told from a rival: *not reproduced*. One
+    that holds where the printed form fails: *corrected*. Otherwise *derived* (a
+    definition, condition, lemma or remark whose steps are asserted), or *reproduced*.
+    Corrections of grade C (readings of a damaged or ambiguous text) are *noted*.
 
     Examples
     --------
@@ -206,7 +258,7 @@ def verdict(claim: dict, rows: list[dict]) -> str:
     """
 
     def of(row):
-        if not row["holds"]:
+        if not row["holds"] or row.get("blind"):
             return "not reproduced"
         if row["printed"] is not None and row["printed_holds"] is False:
             return "corrected"
@@ -323,6 +375,7 @@ def _notebook_settings() -> dict:
     for name, value in sorted(shell.user_ns.items()) if shell else ():
         if isinstance(value, Settings) and not name.startswith("_"):
             merged |= vars(value)
+    merged.pop("scale", None)
     return merged
 
 
@@ -372,6 +425,8 @@ def _row_cells(row: dict) -> tuple[list[str], str]:
         cells.append(
             f"printed: {row['printed_rel']} {_brief(row['printed'])} {outcome}"
         )
+    if row["holds"] and row["blind"]:
+        return cells, f"CANNOT TELL from {', '.join(row['blind'])}"
     return cells, "holds" if row["holds"] else "FAILS"
 
 
@@ -390,7 +445,7 @@ def _row_html(row: dict) -> str:
     (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
     rest = "".join(f" · {html.escape(x)}" for x in printed)
     return (
-        f'<div class="ngd-row ngd-{outcome.lower()}"><strong>{name}</strong>'
+        f'<div class="ngd-row ngd-{outcome.split()[0].lower()}"><strong>{name}</strong>'
         f" measured {m} {html.escape(rel)} {p} predicted"
         f" (tolerance {tolerance}): <em>{outcome}</em>{rest}</div>"
     )

@@ -101,7 +101,7 @@ def test_the_core_works_alone(core):
         "opt = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), damping=1e-3)\n"
         "for _ in ngd.optim.run(opt, d.x, d.y, 3): pass\n"
         "ngd.kernels.analytic(d.x, depth=2).gram()\n"
-        "ngd.data.forster(ngd.data.gaussian(9, 3)); ngd.chapter.settings({'n': 1})\n"
+        "ngd.data.forster(ngd.data.gaussian(9, 3)); ngd.opening.settings({'n': 1})\n"
         "assert {'plotting', 'ledger'} < set(dir(ngd))\nprint(ngd.__file__)",
     )
     assert str(core.parent.parent) in out

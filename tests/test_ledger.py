@@ -11,20 +11,20 @@ import pytest
 import torch
 
 import ngdcore as ngd
-from ngdcore import chapter, ledger
+from ngdcore import ledger, opening
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_scale(monkeypatch):
     monkeypatch.delenv("NGD_SCALE", raising=False)
-    assert chapter.scale() == "quick"
-    assert vars(chapter.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 5, "m": 2}
+    assert opening.scale() == "quick"
+    assert vars(opening.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 5, "m": 2}
     monkeypatch.setenv("NGD_SCALE", "paper")
-    assert vars(chapter.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 60, "m": 2}
+    assert vars(opening.settings(dict(n=5, m=2), paper=dict(n=60))) == {"n": 60, "m": 2}
     monkeypatch.setenv("NGD_SCALE", "huge")
     with pytest.raises(ValueError, match="NGD_SCALE='huge'"):
-        chapter.settings({})
+        opening.settings({})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def notebook(*cells):
 def test_rows_travel_with_the_notebook():
     nb = notebook(
         "import torch, ngdcore as ngd\n"
-        "cfg = ngd.chapter.settings(dict(n=5, seeds=[0, 1]))",
+        "cfg = ngd.opening.settings(dict(n=5, seeds=[0, 1]))",
         "ngd.ledger.record('Z-T1/rate', measured=torch.ones(2), predicted=1.0)\n"
         "ngd.ledger.glue('x', 0.5)",
         "ngd.ledger.save(curve=[1.0, 0.5])",
@@ -168,7 +168,7 @@ def test_recording_writes_whole_files(tmp_path):
         "kernelspec: {display_name: Python 3, language: python, name: python3}\n"
         "---\n\n# Small\n\n"
         "```{code-cell} ipython3\nimport ngdcore as ngd\n"
-        "cfg = ngd.chapter.settings(dict(n=1, seed=3), paper=dict(n=2))\n"
+        "cfg = ngd.opening.settings(dict(n=1, seed=3), paper=dict(n=2))\n"
         "ngd.ledger.record('Z-T1', cfg.n, 2)\nngd.ledger.save(a=1.5)\n```\n"
     )
     path = command.record_chapter(tmp_path, "99_small", "paper")
