@@ -5,6 +5,7 @@ refuse to meet those of the CPU and to become NumPy arrays (tests/standin.py).
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,10 @@ def pair(device, c=2):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     y = torch.randn(6, c, generator=generator, dtype=torch.float64)
-    make = lambda device: ngd.models.MLP(
-        [4, 9, 7, c], activation="tanh", bias_var=0.1, seed=0, device=device
+    make = partial(
+        ngd.models.MLP, [4, 9, 7, c], activation="tanh", bias_var=0.1, seed=0
     )
-    return [(make(d), x.to(d), y.to(d)) for d in ("cpu", device)]
+    return [(make(device=d), x.to(d), y.to(d)) for d in ("cpu", device)]
 
 
 def same(here, there):
