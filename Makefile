@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # What says in about a minute whether the numbers still stand.
-NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py dynamics.py ledger.py)
+NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py dynamics.py infinite.py ledger.py)
 
 .PHONY: help book chapter lab check numerics test sync mutate clean
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ chapter: $(STAMP)  ## run and render one chapter: make chapter C=13 (after make 
 	@echo "Read it: open _build/html/$$(ls notebooks/$(C)*.md | sed 's/md$$/html/')"
 
 lab: $(STAMP)  ## open the chapters as notebooks that save back to their .md
-	$(BIN)/jupyter lab --config book/_ext/lab.py
+	JUPYTER_CONFIG_PATH=book/_ext/lab $(BIN)/jupyter lab
 
 check: $(STAMP)  ## lint, and the numerics, in about a minute
 	$(BIN)/python notebooks/sync.py --check
