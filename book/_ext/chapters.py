@@ -1,7 +1,8 @@
 """Run chapters several at a time, and keep the runs where the book looks for what has
 run already.
 
-    python book/_ext/chapters.py        every chapter of _toc.yml that has no run yet
+    python book/_ext/chapters.py          every chapter of _toc.yml that has no run yet
+    python book/_ext/chapters.py 13 27    of these chapters alone
 
 `make book` does this before `jupyter-book build .`, which would run the same chapters
 one after the other."""
@@ -96,13 +97,26 @@ def known(cache, nb):
         return None
 
 
-def main():
+def named(pages, names):
+    """Those of the pages whose file name is, or begins with, one of the names; all of
+    them where none is named.
+    """
+    chosen = [page for page in pages if page.stem.startswith(tuple(names) or "")]
+    for name in names:
+        if not any(page.stem.startswith(name) for page in chosen):
+            known = ", ".join(page.stem for page in pages)
+            raise SystemExit(f"no chapter begins with {name!r}; there are {known}")
+    return chosen
+
+
+def main(names=()):
     """Returns how many chapters failed; their tracebacks are printed."""
     path = cache_path(ROOT, os.environ.get("NGD_DATA_DIR"))
     path.mkdir(parents=True, exist_ok=True)
     cache = get_cache(path)
-    pages = (ROOT / f"{name}.md" for name in parse_toc_yaml(ROOT / "_toc.yml"))
-    chapters = {page: read(page) for page in pages if page.parent.name == "notebooks"}
+    pages = [ROOT / f"{name}.md" for name in parse_toc_yaml(ROOT / "_toc.yml")]
+    pages = named([page for page in pages if page.parent.name == "notebooks"], names)
+    chapters = {page: read(page) for page in pages}
     todo = {page: nb for page, nb in chapters.items() if not known(cache, nb)}
     say(f"{len(todo)} of {len(chapters)} chapters to run, {WORKERS} at a time")
     env, failed = os.environ | {"NGD_BOOK": "1", "PYTHONPATH": str(ROOT)}, 0
@@ -133,4 +147,4 @@ def say(text, file=None):
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main()))
+    sys.exit(bool(main(sys.argv[1:])))
