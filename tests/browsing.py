@@ -77,7 +77,7 @@ FACTS = r"""async () => {
     return {picture: picture ? top(picture) : null,
       before: picture ? open.filter(el => el.compareDocumentPosition(picture) & 4)
         .map(brief) : [],
-      share: tall(open) / document.querySelector("article").offsetHeight,
+      share: tall(open) / (document.querySelector("article")?.offsetHeight || 1),
       cells: cells.map(el => lines(el).length),
       columns: Math.max(0, ...code.filter(el => el.closest(".cell_input"))
         .flatMap(lines).map(line => line.length)),
