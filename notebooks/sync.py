@@ -7,7 +7,10 @@ Binder and GitHub.
 
 Code cells are kept as they are. In the text, directives and roles become plain
 Markdown, references become words, and the macros of _config.yml are written out. What
-this file does not know it refuses, so that nothing is lost quietly."""
+this file does not know it refuses, so that nothing is lost quietly.
+
+Chapters, figures, theorems and displays carry the numbers that the book gives them: the
+chapter's own, which its file begins with, and the place within the chapter."""
 
 import hashlib
 import re
@@ -25,6 +28,7 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
 ADDRESS = CONFIG["repository"]["url"]
 BLOB = f"{ADDRESS}/blob/{CONFIG['repository']['branch']}/"
 RAW = f"{ADDRESS}/raw/{CONFIG['repository']['branch']}/"
+PAGES = CONFIG["html"]["baseurl"].rstrip("/")
 MACROS = CONFIG["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"]
 
 INSTALL = f"""# Made for this notebook alone: where the book's package is missing, as on
@@ -52,7 +56,9 @@ TICKS = re.compile(
 NOTES = set(
     "note tip hint important warning caution attention danger error seealso".split()
 )
-DROPPED = set("tableofcontents scoreboard tally build-report index raw dragq".split())
+DROPPED = set("tableofcontents scoreboard tally build-report index raw".split())
+FIGURES = r"^[`:]{3,}\{(?:figure|dragq)\}.*\n(?::(?!name)\w+:.*\n)*:name: *(\S+)"
+UNCOUNTED = {"proof"}  # every other kind of statement is counted by one counter
 REFERRING = {"eq", "ref", "numref", "prf:ref", "math:numref"}
 CITING = {"cite:t", "cite:p", "cite", "cite:ts", "cite:ps"}
 CODE = {"func", "class", "meth", "mod", "file", "code"}
@@ -60,6 +66,17 @@ CODE = {"func", "class", "meth", "mod", "file", "code"}
 
 def chapters():
     return sorted((ROOT / "notebooks").glob("*.md"))
+
+
+def number_of(path):
+    """A chapter's number, with which its file begins; "" for other pages."""
+    found = re.match(r"(\d+)_", path.name)
+    return str(int(found[1])) if found else ""
+
+
+def within(path, place):
+    """13.4: the fourth of its kind in chapter 13; plain where a page has no number."""
+    return ".".join(filter(None, [number_of(path), str(place)]))
 
 
 def cells_of(path):
@@ -77,17 +94,17 @@ def labels():
         text = path.read_text(encoding="utf8")
         for label, heading in re.findall(r"^\(([\w:.-]+)\)= *\n+#+ (.+)$", text, re.M):
             found[label] = path, heading.strip()
-        for number, label in enumerate(equation_labels(text), 1):
-            found[label] = path, f"({number})"
-        for number, label in enumerate(figure_names(path), 1):
-            found[label] = path, f"Figure {number}"
-        kinds = {}
-        for kind, title, options in re.findall(
-            r"^[`:]{3,}\{prf:(\w+)\} *(.*)\n((?::[\w-]+:.*\n)*)", text, re.M
-        ):
-            kinds[kind] = kinds.get(kind, 0) + 1
-            if label := re.search(r"^:label: *(\S+)", options, re.M):
-                found[label[1]] = path, f"{kind.capitalize()} {kinds[kind]}"
+        for place, label in enumerate(equation_labels(text), 1):
+            found[label] = path, f"({within(path, place)})"
+        for place, label in enumerate(figure_names(path), 1):
+            found[label] = path, f"Figure {within(path, place)}"
+        place = 0
+        for kind, options in statements(text):
+            numbered = kind not in UNCOUNTED and "nonumber" not in options
+            place += numbered
+            if "label" in options:
+                number = [within(path, place)] if numbered else []
+                found[options["label"]] = path, " ".join([kind.capitalize(), *number])
     return found
 
 
@@ -101,18 +118,24 @@ def equation_labels(text):
     return [a or b for a, b in pattern.findall(text)]
 
 
+def statements(text):
+    """(kind, options) of every theorem, lemma, proof ..., in order."""
+    pattern = r"^ *[`:]{3,}\{prf:(\w+)\}.*\n((?: *:[\w-]+:.*\n)*)"
+    for kind, options in re.findall(pattern, text, re.M):
+        yield kind, dict(re.findall(r"^ *:([\w-]+): *(.*?) *$", options, re.M))
+
+
 def figure_names(path):
-    """Names of figures in order: those of code cells (mystnb metadata) and of figure
+    """Names of figures in order: those of code cells (mystnb metadata) and of
     directives.
     """
-    directive = r"^[`:]{3,}\{figure\}.*\n(?::(?!name)\w+:.*\n)*:name: *(\S+)"
     for cell in cells_of(path):
         if cell.cell_type == "code":
             yield from filter(
                 None, [cell.metadata.get("mystnb", {}).get("figure", {}).get("name")]
             )
         else:
-            yield from re.findall(directive, cell.source, re.M)
+            yield from re.findall(FIGURES, cell.source, re.M)
 
 
 @cache
@@ -143,8 +166,10 @@ def title(path):
 
 
 def reference(label, path):
+    """What a label reads as; a number with a chapter in it needs no more words."""
     where, text = labels()[label]
-    return text if where == path else f"{text} of “{title(where)}”"
+    here = where == path or re.search(r"\d\.\d", text)
+    return text if here else f"{text} of “{title(where)}”"
 
 
 # --- Roles ----------------------------------------------------------------------------
@@ -219,12 +244,22 @@ def directive(name, argument, body, path):
             return image
         number = [reference(options["name"], path) + ". "] if "name" in options else []
         return [*image, "", "*" + " ".join(number + body) + "*"]
+    if name == "dragq":
+        return moving(options, body, path)
     if name == "claims":
         rows = ", ".join(argument.split())
         return [f"*(The built book shows the ledger rows of {rows} here.)*"]
     if name in DROPPED:
         return []
     return wrapped(name, argument, options, lower_lines(body, path), path)
+
+
+def moving(options, body, path):
+    """A figure that answers to a hand has its place in the built book only."""
+    number = [reference(options["name"], path) + "."] if "name" in options else []
+    words = " ".join([*number, *body]).strip()
+    where = f"[In the built book]({page(path)}) this figure answers to a hand."
+    return [*([f"*{words}*", ""] if words else []), where]
 
 
 def wrapped(name, argument, options, inner, path):
@@ -291,6 +326,11 @@ def address(target, path, base):
     return base + inside(target, path).relative_to(ROOT).as_posix()
 
 
+def page(path):
+    """Where the built page stands."""
+    return f"{PAGES}/{path.relative_to(ROOT).with_suffix('.html').as_posix()}"
+
+
 def links(text, path):
     """Links to our own pages: whole addresses, to the .ipynb of a chapter."""
 
@@ -355,12 +395,21 @@ def caption(cell, path):
 # --- The notebook ---------------------------------------------------------------------
 
 
+def headed(text, path):
+    """The first cell, with the chapter's number, and the way to the built page."""
+    lead = f"*[The built page]({page(path)}) has every number, figure and verdict.*"
+    head = rf"# {number_of(path)} \1\n\n{lead}"
+    return re.sub(r"^# (.+)$", head, text, count=1, flags=re.M)
+
+
 def convert(path):
     nb = jupytext.read(path, fmt="md:myst")
     cells = []
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = lower(cell.source, path)
+            if not cells:
+                cell.source = headed(cell.source, path)
         if cell.source or cell.cell_type == "code":
             cells.append(cell)
         cells += caption(cell, path)
@@ -378,7 +427,7 @@ def convert(path):
 
 
 def faults(path):
-    """What MyST misreads without a warning."""
+    """What MyST misreads without a warning, and statements that cannot be counted."""
 
     def blank(match):  # code may say what it likes
         return "\n" * match[0].count("\n")
@@ -406,6 +455,18 @@ def faults(path):
             )
         inside ^= line.count("$$") % 2 == 1
         above = line
+    yield from uncounted(path, text)
+
+
+def uncounted(path, text):
+    """The book numbers these; without a label the .ipynb cannot."""
+    for kind, options in statements(text):
+        if kind not in UNCOUNTED and "label" not in options:
+            yield f"{path.name}: a {kind} without a label"
+    for cell in cells_of(path) if path.parent.name == "notebooks" else ():
+        figure = cell.metadata.get("mystnb", {}).get("figure", {})
+        if "caption" in figure and "name" not in figure:
+            yield f"{path.name}: a figure without a name: {figure['caption'][:40]}"
 
 
 def main(check):

@@ -13,6 +13,7 @@ import chapters
 import nbformat
 import pytest
 import yaml
+from browsing import address, visits  # noqa: F401 (fixtures)
 from companion import cache_path
 from hypothesis import settings
 from jupyter_cache import get_cache

@@ -13,7 +13,7 @@ import dragq
 import numpy as np
 import pytest
 import torch
-from test_site import FLAGS
+from browsing import FLAGS
 
 import ngdcore as ngd
 
