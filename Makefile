@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: book test sync clean
+.PHONY: book test certify sync clean
 
 book: $(STAMP)
 	$(BIN)/python book/_ext/chapters.py
@@ -15,6 +15,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The findings that are shown in exact arithmetic. Needs Python alone.
+certify:
+	@set -e; for file in book/certificates/*.py; do $(PYTHON) -I $$file; done
 
 # The .ipynb beside each chapter, made from its .md.
 sync: $(STAMP)
