@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 # What says in about a minute whether the numbers still stand.
 NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py dynamics.py infinite.py ledger.py)
 
-.PHONY: help book chapter lab check numerics test sync mutate clean
+.PHONY: help book chapter lab check numerics test certify sync mutate clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,9 @@ test: $(STAMP)  ## all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+certify:  ## the findings that are shown in exact arithmetic; needs Python alone
+	@set -e; for file in book/certificates/*.py; do $(PYTHON) -I $$file; done
 
 mutate: $(STAMP)  ## break formulas on purpose, one at a time, and see who notices (about an hour)
 	$(BIN)/python tests/mutate.py

@@ -3,16 +3,18 @@ and keep their results.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
 
 from .extras import load
-from .ledger import harvest
+from .ledger import harvest, slug
 from .opening import SCALES
 
 
@@ -48,31 +50,65 @@ def main(argv: list[str] | None = None) -> None:
 
 def record_chapter(root: Path, name: str, scale: str) -> Path:
     """Execute one chapter and write its rows and saved values, with provenance; returns
-    the file written.
+    the file written. It is named without the chapter's number.
     """
     jupytext, nbclient = (
         load(module, "recording a chapter", "book")
         for module in ("jupytext", "nbclient")
     )
     notebook = jupytext.read(root / "notebooks" / f"{name}.md", fmt="md:myst")
+    made_with = hashes(root, notebook)
     environment = {**os.environ, "NGD_SCALE": scale, "PYTHONPATH": str(root)}
     start = time.perf_counter()
     nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3").execute(
         env=environment
     )
     rows, saved = harvest(notebook)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "chapter": name,
+        "chapter": slug(name),
         "scale": scale,
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
         "saved": saved,
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": _device(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seeds": sorted({s for row in rows for s in row["seeds"]}),
+        "date": date.today().isoformat(),
+        "hashes": made_with,
     }
-    path = root / "data" / "recorded" / f"{name}.json"
+    return _written(root / "data" / "recorded" / f"{slug(name)}.json", result)
+
+
+def hashes(root: Path, notebook: dict) -> dict[str, str]:
+    """Of what a kept run was made with: the chapter's code cells, and the package.
+    While both are the same the run is what the chapter would give now.
+
+    Examples
+    --------
+    >>> cell = {"cell_type": "code", "source": "1 + 1"}
+    >>> one, two = ({"cells": [cell] * k} for k in (1, 2))
+    >>> root = Path(__file__).parent.parent
+    >>> hashes(root, one) == hashes(root, one), hashes(root, one) == hashes(root, two)
+    (True, False)
+    """
+    cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
+    files = [p.read_bytes() for p in sorted((root / "ngdcore").rglob("*.py"))]
+    parts = {"code": [c.encode() for c in cells], "package": files}
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def _digest(parts: list[bytes]) -> str:
+    each = b"".join(hashlib.sha256(part).digest() for part in parts)
+    return hashlib.sha256(each).hexdigest()[:16]
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _written(path: Path, result: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # An interrupted write leaves no half a record behind.
     draft = path.with_suffix(".part")

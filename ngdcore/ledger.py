@@ -18,11 +18,38 @@ from .arrays import numbers
 from .extras import load
 from .opening import Settings, scale
 
-__all__ = ["record", "verdict", "registry", "harvest", "save", "recorded", "glue"]
+__all__ = [
+    "record",
+    "verdict",
+    "finding",
+    "registry",
+    "harvest",
+    "save",
+    "recorded",
+    "glue",
+]
 
 # The worst first.
-VERDICTS = ("open", "not reproduced", "corrected", "derived", "noted", "reproduced")
-# The kinds of claim whose steps can be asserted.
+VERDICTS = (
+    "open",
+    "not reproduced",
+    "false as printed",
+    "not yet re-judged",
+    "derived",
+    "reproduced",
+)
+# What a finding can be, the gravest first, and whether its rows show it.
+NATURES = (
+    "error",
+    "gap",
+    "differs",
+    "sharpened",
+    "extended",
+    "reading",
+    "misprint",
+)
+STANDINGS = ("shown", "not yet re-judged", "not shown", "open")
+# The kinds of statement whose steps can be asserted.
 STEPS = ("definition", "condition", "lemma", "remark")
 
 
@@ -37,24 +64,43 @@ class _Row(dict):
 
 @cache
 def registry() -> dict[str, dict]:
-    """Every claim of the three papers by ID: ``id, paper, kind, at, title, grade``.
+    """Every statement of the three papers, and every finding about them, by ID.
+
+    All have ``id, paper, kind, at, title, rejudged``; a statement has ``rests_on``; a
+    finding, whose kind is ``"finding"``, has ``of, nature, sure, weight`` and
+    ``certificate``. The head of book/claims.yml says what they mean.
 
     Examples
     --------
     >>> registry()["Z-T1"]["at"]
     'Theorem 1'
+    >>> registry()["K-X1"]["of"], registry()["K-X1"]["nature"]
+    (['K-L43', 'K-TD', 'K-F1b'], 'error')
     """
     path = resources.files("ngdcore") / "claims.yml"
     if not path.is_file():
         path = Path(__file__).parent.parent / "book" / "claims.yml"
     yaml = load("yaml", "the registry of claims")
     papers = yaml.safe_load(path.read_text(encoding="utf8"))
-    empty = {"at": "", "grade": None}
     return {
-        claim["id"]: {**empty, "paper": paper, **claim}
+        claim["id"]: {"paper": paper, "at": "", "rejudged": False}
+        | ({"certificate": None} if is_finding(claim) else {"rests_on": []})
+        | claim
         for paper, claims in papers.items()
         for claim in claims
     }
+
+
+def is_finding(claim: dict) -> bool:
+    """Whether an entry of the registry is something this book says about a paper, not
+    something a paper says.
+
+    Examples
+    --------
+    >>> is_finding(registry()["K-X1"]), is_finding(registry()["K-L43"])
+    (True, False)
+    """
+    return claim["kind"] == "finding"
 
 
 def record(
@@ -243,32 +289,98 @@ def _first_tensor(value) -> torch.Tensor | None:
 
 
 def verdict(claim: dict, rows: list[dict]) -> str:
-    """The verdict on a claim from its rows: the worst of its parts, ``"open"`` if there
-    are none.
+    """The verdict on a statement from its rows: the worst of its parts, ``"open"`` if
+    there are none.
 
     A prediction that fails, or that cannot be told from a rival: *not reproduced*. One
-    that holds where the printed form fails: *corrected*. Otherwise *derived* (a
-    definition, condition, lemma or remark whose steps are asserted), or *reproduced*.
-    Corrections of grade C (readings of a damaged or ambiguous text) are *noted*.
+    that holds where the printed form fails: *false as printed*, once the rows of the
+    claim have been gone over (``rejudged``), *not yet re-judged* before. Otherwise
+    *derived* (a definition, condition, lemma or remark whose steps are asserted), or
+    *reproduced*.
 
     Examples
     --------
-    >>> verdict(registry()["Z-T1"], [])
+    >>> claim = registry()["Z-T1"]
+    >>> verdict(claim, [])
     'open'
+    >>> verdict(claim, [record("Z-T1", 0.81, 0.8, rtol=0.02)])
+    'reproduced'
+    >>> verdict(claim, [record("Z-T1", 0.81, 0.8, rtol=0.02, unlike={"other": 0.82})])
+    'not reproduced'
+    >>> verdict(claim | {"rejudged": True}, [record("Z-T1", 2, 2, printed=1)])
+    'false as printed'
     """
 
     def of(row):
-        if not row["holds"] or row.get("blind"):
+        if not _ours(row):
             return "not reproduced"
-        if row["printed"] is not None and row["printed_holds"] is False:
-            return "corrected"
-        if claim.get("grade") == "C":
-            return "noted"
+        if row["printed_holds"] is False:
+            return "false as printed" if claim["rejudged"] else "not yet re-judged"
         if row["derived"] and claim["kind"] in STEPS:
             return "derived"
         return "reproduced"
 
     return min((of(row) for row in rows), key=VERDICTS.index, default="open")
+
+
+def finding(claim: dict, rows: list[dict]) -> str:
+    """Whether the rows of a finding meet the condition of its nature: *shown*, *not
+    shown*, *not yet re-judged*, or *open* if there are none.
+
+    Whatever the nature, each prediction of ours holds and can be told from its rivals.
+    An *error*: wherever the printed form is evaluated it fails, and it is evaluated.
+    *Sharpened*: wherever it is evaluated it holds, and ours is strictly tighter in one
+    place at least. *Extended*: nothing printed is contradicted. Until a finding's rows
+    have been gone over (``rejudged``), what speaks for it counts as *not yet
+    re-judged*; what speaks against it counts at once.
+
+    Examples
+    --------
+    >>> claim = registry()["Z-X7"] | {"rejudged": True}
+    >>> claim["nature"]
+    'error'
+    >>> finding(claim, [record("Z-X7", 2, 2, printed=1)])
+    'shown'
+    >>> finding(claim, [record("Z-X7", 2, 2, printed=2)])
+    'not shown'
+    >>> finding(registry()["Z-X7"], [record("Z-X7", 2, 2, printed=1)])
+    'not yet re-judged'
+    """
+    if not rows:
+        return "open"
+    if not all(map(_ours, rows)):
+        return "not shown"
+    printed = [row["printed_holds"] for row in rows if row["printed"] is not None]
+    if claim["nature"] == "error" and any(printed):
+        return "not shown"
+    if not claim["rejudged"]:
+        return "not yet re-judged"
+    shown = {
+        "error": bool(printed),
+        "sharpened": all(printed) and any(map(_tighter, rows)),
+        "extended": False not in printed,
+    }
+    return "shown" if shown.get(claim["nature"], True) else "not shown"
+
+
+def _ours(row: dict) -> bool:
+    """Whether our prediction holds in a row, and no rival of it does."""
+    return row["holds"] and not row.get("blind")
+
+
+def _tighter(row: dict) -> bool:
+    """Whether a row's prediction says more than its printed form: a bound of the same
+    kind that is nowhere beyond the printed one and somewhere within, or a value where
+    the printed form is a bound.
+    """
+    if row["printed"] is None:
+        return False
+    ours, printed = row["rel"], row["printed_rel"]
+    p, q = np.broadcast_arrays(_array(row["predicted"]), _array(row["printed"]))
+    within = {"<=": q - p, ">=": p - q}.get(printed)
+    if within is None or ours not in ("==", printed):
+        return False
+    return bool((within >= 0).all() and (within > 0).any())
 
 
 def harvest(notebook: dict) -> tuple[list[dict], dict]:
@@ -304,19 +416,44 @@ def save(**values) -> None:
 
 def recorded(chapter: str) -> dict | None:
     """The recorded run of a chapter (rows, saved values, device, versions, seconds), or
-    None if there is none yet.
+    None if there is none yet. A chapter's number does not count: records keep when
+    chapters move.
 
     Examples
     --------
     >>> recorded("00_no_such_chapter") is None
     True
     """
-    packaged = resources.files("ngdcore") / "_data" / "recorded" / f"{chapter}.json"
-    checkout = Path(__file__).parent.parent / "data" / "recorded" / f"{chapter}.json"
+    name = f"{slug(chapter)}.json"
+    packaged = resources.files("ngdcore") / "_data" / "recorded" / name
+    checkout = Path(__file__).parent.parent / "data" / "recorded" / name
     for path in (checkout, packaged):
         if path.is_file():
             return json.loads(path.read_text(encoding="utf8"))
     return None
+
+
+def slug(chapter: str) -> str:
+    """A chapter's name without its number.
+
+    Examples
+    --------
+    >>> slug("04_theorem_3"), slug("theorem_3")
+    ('theorem_3', 'theorem_3')
+    """
+    number, _, rest = chapter.partition("_")
+    return rest if number.isdigit() else chapter
+
+
+def anchor(row: dict) -> str:
+    """The fragment of an address that leads to a row in its chapter.
+
+    Examples
+    --------
+    >>> anchor({"id": "K-L43", "part": "alpha"}), anchor({"id": "Z-T1", "part": None})
+    ('claim-K-L43-alpha', 'claim-Z-T1')
+    """
+    return "-".join(filter(None, ("claim", row["id"], row["part"])))
 
 
 def glue(name: str, value) -> None:
@@ -399,53 +536,104 @@ def _publish(data, metadata) -> None:
         display(data, raw=True, metadata=metadata)
 
 
+def _array(value) -> np.ndarray:
+    """A row's value, as JSON has it, as numbers again."""
+    return np.asarray(value, dtype=float)
+
+
 def _brief(value) -> str:
-    a = np.asarray(value, dtype=float)
+    """A number, or between which numbers and how many."""
+    a = _array(value)
     if a.ndim == 0:
         return f"{float(a):.4g}"
     return f"{a.min():.3g} to {a.max():.3g} ({a.size} values)"
 
 
-def _row_cells(row: dict) -> tuple[list[str], str]:
-    """What is shown of a row: name, measured, relation, predicted, tolerance and, where
-    there is one, the printed value; and whether it holds.
+def _name(row: dict) -> str:
+    return row["id"] + (f"/{row['part']}" if row["part"] else "")
+
+
+def outcome(row: dict) -> str:
+    """Whether a row holds, fails, or cannot tell from a rival.
+
+    Examples
+    --------
+    >>> outcome(record("Z-T1", 1.0, 1.0, unlike={"the other": 1.1}))
+    'holds'
     """
-    name = row["id"] + (f"/{row['part']}" if row["part"] else "")
-    units = (("rtol", " rel."), ("atol", " abs."))
-    tolerance = " + ".join(f"{row[k]:.1g}{unit}" for k, unit in units if row[k])
-    cells = [
-        name,
-        _brief(row["measured"]),
-        row["rel"],
-        _brief(row["predicted"]),
-        tolerance or "exact",
-    ]
+    if not row["holds"]:
+        return "fails"
+    return "cannot tell" if row.get("blind") else "holds"
+
+
+def tolerance(row: dict) -> str:
+    """What a row allows, in words.
+
+    Examples
+    --------
+    >>> tolerance(record("Z-T1", 1.0, 1.0, rtol=0.02))
+    '0.02 of the prediction'
+    """
+    units = (("rtol", " of the prediction"), ("atol", ""))
+    allowed = [f"{row[k]:.2g}{unit}" for k, unit in units if row.get(k)]
+    return " plus ".join(allowed) or "nothing"
+
+
+def _distance(row: dict) -> str:
+    """How far measured and predicted are apart, and what was allowed, in words."""
+    if row["rel"] == "==":
+        m, p = np.broadcast_arrays(_array(row["measured"]), _array(row["predicted"]))
+        off = f"off by at most {np.abs(m - p).max():.2g}" if m.size else "nothing there"
+        return f"{off}, {tolerance(row)} allowed"
+    room = f", {tolerance(row)} allowed beyond it" if row["rtol"] or row["atol"] else ""
+    if row["slack"] is None:
+        return f"on the right side of it{room}" if row["holds"] else "beyond it"
+    return f"{row['slack']:.3g} times within it at the tightest{room}"
+
+
+def _caught(row: dict) -> str:
+    """What a row would have caught, in words; what it can't tell is said instead."""
+    if row.get("blind"):
+        return f" It cannot tell from: {', '.join(row['blind'])}."
+    if row.get("unlike"):
+        return f" It would have caught: {', '.join(row['unlike'])}."
+    return f" The sharp row beside it: {row['sharp']}." if row.get("sharp") else ""
+
+
+def _row_cells(row: dict) -> tuple[str, str, str, str]:
+    """What is said of a row: its name, what was claimed, its outcome, and in numbers
+    how far off, what was allowed, what it would have caught, and the printed form.
+    """
+    relation = {"==": "predicted", "<=": "at most", ">=": "at least"}[row["rel"]]
+    numbers_ = (
+        f"measured {_brief(row['measured'])}, {relation} {_brief(row['predicted'])};"
+        f" {_distance(row)}."
+    )
+    if row["tolerance_after_look"]:
+        numbers_ += " The tolerance was set after a look."
+    printed = ""
     if row["printed"] is not None:
-        outcome = "holds" if row["printed_holds"] else "fails"
-        cells.append(
-            f"printed: {row['printed_rel']} {_brief(row['printed'])} {outcome}"
-        )
-    if row["holds"] and row["blind"]:
-        return cells, f"CANNOT TELL from {', '.join(row['blind'])}"
-    return cells, "holds" if row["holds"] else "FAILS"
+        stands = "holds" if row["printed_holds"] else "fails"
+        sign = {"==": "", "<=": "at most ", ">=": "at least "}[row["printed_rel"]]
+        printed = f" Printed: {sign}{_brief(row['printed'])}, which {stands}."
+    said = numbers_ + _caught(row) + printed
+    return _name(row), row["note"] or "", outcome(row), said
 
 
 def _row_text(row: dict) -> str:
-    """A row as one line of text."""
-    (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
-    rest = "".join(f"; {x}" for x in printed)
-    return (
-        f"{name}: measured {m} {rel} {p} predicted"
-        f" (tolerance {tolerance}): {outcome}{rest}"
-    )
+    """A row as a sentence."""
+    name, note, stands, said = _row_cells(row)
+    told = f": {note}." if note else "."
+    return f"{name} {stands if stands == 'holds' else stands.upper()}{told} {said}"
 
 
 def _row_html(row: dict) -> str:
-    """A row as one line of HTML."""
-    (name, m, rel, p, tolerance, *printed), outcome = _row_cells(row)
-    rest = "".join(f" · {html.escape(x)}" for x in printed)
+    """A row as a sentence in HTML, at an address of its own."""
+    name, note, stands, said = _row_cells(row)
+    told = f": {html.escape(note)}." if note else "."
+    kind = stands.replace(" ", "-")
     return (
-        f'<div class="ngd-row ngd-{outcome.split()[0].lower()}"><strong>{name}</strong>'
-        f" measured {m} {html.escape(rel)} {p} predicted"
-        f" (tolerance {tolerance}): <em>{outcome}</em>{rest}</div>"
+        f'<div class="ngd-row ngd-{kind}" id="{anchor(row)}"><strong>{name}</strong>'
+        f" <em>{stands}</em>{told}"
+        f" <small>{html.escape(said[0].upper() + said[1:])}</small></div>"
     )

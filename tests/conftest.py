@@ -12,7 +12,6 @@ from pathlib import Path
 import chapters
 import nbformat
 import pytest
-import yaml
 from browsing import address, visits  # noqa: F401 (fixtures)
 from companion import cache_path
 from hypothesis import settings
@@ -131,34 +130,6 @@ def run_chapter(request, pool, wheel, cache):
         return done.nb, done.cpu
 
     return run
-
-
-@pytest.fixture(scope="session")
-def run_broken(request, pool, run_chapter):
-    """chapter -> executed notebook with all its breaks applied."""
-    asked = [
-        item.callspec.params["stem"]
-        for item in request.session.items
-        if "run_broken" in item.fixturenames
-    ]
-    runs = {stem: pool.submit(broken, stem) for stem in asked}
-    return lambda stem: runs[stem].result()
-
-
-def broken(stem):
-    nb = chapters.read(ROOT / "notebooks" / f"{stem}.md")
-    cells = [cell for cell in nb.cells if cell.cell_type == "code"]
-    for item in breaks(stem):
-        homes = [cell for cell in cells if item["find"] in cell.source]
-        assert len(homes) == 1 and homes[0].source.count(item["find"]) == 1, (
-            f"{item['row']}: {item['find']!r} is not unique"
-        )
-        homes[0].source = homes[0].source.replace(item["find"], item["replace"])
-    return chapters.execute(nb, environment(PYTHONPATH=str(ROOT)), allow_errors=True).nb
-
-
-def breaks(stem):
-    return yaml.safe_load((ROOT / "tests" / "breaks" / f"{stem}.yml").read_text())
 
 
 @pytest.fixture(scope="session")

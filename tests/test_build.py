@@ -25,13 +25,20 @@ kernelspec:
 import os
 from IPython.display import display
 row = dict(id="Z-T1", part=None, measured={measured}, predicted=1.0, printed=None,
-           rel="==", rtol=1e-6, atol=None, holds=True, printed_holds=None,
+           rel="==", rtol=1e-6, atol=0.0, holds=True, printed_holds=None,
            derived=False, slack=None, note=None, settings={{}}, seeds=[0],
            scale=os.environ.get("NGD_SCALE", "quick"), dtype="float64", device="cpu")
 display({{"text/plain": "a row"}}, raw=True, metadata={{"ngd": row}})
 ```
 """
-TABLES = ("claims} Z-T1", "tally}", "build-report}", "scoreboard}")
+TABLES = (
+    "claims} Z-T1 Z-X1",
+    "tally}",
+    "build-report}",
+    "scoreboard}",
+    "findings}",
+    "kept-runs}",
+)
 PROSE = "# Results\n\n## Rows\n\n" + "\n".join(
     f"```{{{table}\n```\n" for table in TABLES
 )
@@ -39,13 +46,14 @@ PROSE = "# Results\n\n## Rows\n\n" + "\n".join(
 
 @pytest.fixture
 def small(tmp_path):
-    for folder in ("ngdcore", "book/_ext", "book/assets/css"):
+    for folder in ("ngdcore", "book/_ext", "book/assets/css", "book/certificates"):
         shutil.copytree(
             ROOT / folder,
             tmp_path / folder,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
-    shutil.copy(ROOT / "book/claims.yml", tmp_path / "book")
+    for name in ("claims.yml", "claims.schema.json", "assets/ledger.js"):
+        shutil.copy(ROOT / "book" / name, tmp_path / "book" / name)
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     config["bibtex_bibfiles"] = ["references.bib"]
     (tmp_path / "references.bib").touch()
@@ -59,8 +67,12 @@ def small(tmp_path):
 
 
 def row(book):
-    claims = json.loads((book / "_build/html/claims.json").read_text())
+    claims = json.loads((book / "_build/html/claims.json").read_text())["claims"]
     return next(c for c in claims if c["id"] == "Z-T1")
+
+
+def measured(book):
+    return row(book)["rows"][0]["measured"]
 
 
 def test_a_failing_cell_fails_the_build_twice_running(small):
@@ -81,19 +93,20 @@ def test_what_runs_again_and_what_the_ledger_keeps(small):
 
     assert build() and row(small)["verdict"] == "reproduced"
     first = page()
-    assert 'class="verdict verdict-reproduced"' in first and "Z-T1" in first
+    assert 'class="verdict verdict-reproduced"' in first
+    assert 'href="chapter.html#claim-Z-T1"' in first, "to the row, not the page"
 
     assert not build() and page() == first, "an unchanged book"
 
     (small / "results.md").write_text(PROSE + "\nOne more sentence.\n")
-    assert not build() and row(small)["measured"] == 1.0, "a chapter not read again"
+    assert not build() and measured(small) == 1.0, "a chapter not read again"
 
     for folder in ("html", ".doctrees", "jupyter_execute"):
         shutil.rmtree(small / "_build" / folder)
-    assert not build() and row(small)["measured"] == 1.0, "a chapter from the cache"
+    assert not build() and measured(small) == 1.0, "a chapter from the cache"
 
     (small / "chapter.md").write_text(CHAPTER.format(measured="1.5"))
-    assert build() and row(small)["measured"] == 1.5 and "1.5" in page(), (
+    assert build() and measured(small) == 1.5 and "1.5" in page(), (
         "a page that was not itself changed"
     )
 

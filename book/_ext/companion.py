@@ -11,7 +11,9 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from datetime import date
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -21,22 +23,14 @@ import numpy as np
 from docutils import nodes
 from jupyter_cache import get_cache
 from sphinx.util.docutils import SphinxDirective
+from tables import TABLES, View
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib", "jupyter-book")
 KEPT_CACHES = 4
+SCHEMA, LONG = 1, 12  # of claims.json; how many numbers it spells out
 THREADS = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")
 }  # a kernel's; chapters run several at a time
-PAPERS = {
-    "zhang2019": "Zhang, Martens, Grosse (2019)",
-    "karakida2020": "Karakida, Osawa (2020)",
-    "bernacchia2018": "Bernacchia, Lengyel, Hennequin (2018)",
-}
-VERDICTS = ("reproduced", "corrected", "derived", "noted", "not reproduced", "open")
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-SIGNS = {"==": "=", "<=": "≤", ">=": "≥"}
-
-
 # --- When chapters run again ----------------------------------------------------------
 
 
@@ -153,35 +147,8 @@ def recorded(root):
     return [json.loads(path.read_text(encoding="utf8")) for path in files]
 
 
-def tolerance(row):
-    return {k: row[k] for k in ("rtol", "atol") if row.get(k)} or None
-
-
-def entry(claim, rows, chapter, paper_rows):
-    """What claims.json says of one ID: with one row its values, with several lists of
-    them.
-    """
-    from ngdcore.ledger import verdict
-
-    def of(key):
-        values = [
-            tolerance(row) if key == "tolerance" else row.get(key) for row in rows
-        ]
-        return values[0] if len(values) == 1 else values or None
-
-    keys = ("predicted", "measured", "printed", "rel", "tolerance", "settings")
-    return {
-        **claim,
-        "chapter": chapter,
-        "verdict": verdict(claim, rows),
-        "verdict_paper": verdict(claim, paper_rows) if paper_rows else None,
-        **{key: of(key) for key in keys},
-        "rows": [{**row, "verdict": verdict(claim, [row])} for row in rows],
-    }
-
-
-def ledger(root, executed):
-    """One entry an ID of the registry, from the rows of {docname: rows} and of
+def ledger(root, executed, device):
+    """{ID: what claims.json says of it}, from the rows of {docname: rows} and of
     data/recorded.
     """
     from ngdcore.ledger import registry
@@ -189,43 +156,176 @@ def ledger(root, executed):
     live, chapters, paper = {}, {}, {}
     for docname, rows in executed.items():
         for row in rows:
-            live.setdefault(row["id"], []).append(row)
+            at = {"device": device if row["device"] == "cpu" else row["device"]}
+            live.setdefault(row["id"], []).append(row | at)
             chapters.setdefault(row["id"], docname)
     for run in recorded(root):
         for row in run["rows"] if run["scale"] == "paper" else []:
-            paper.setdefault(row["id"], []).append(row)
+            at = {"device": run["device"]}
+            paper.setdefault(row["id"], []).append(row | at)
     claims = registry()
     if unknown := sorted(set(live) - set(claims)):
         raise ValueError(f"recorded, but not in book/claims.yml: {', '.join(unknown)}")
-    return [
-        entry(claims[i], live.get(i, []), chapters.get(i), paper.get(i, []))
-        for i in claims
+    return {
+        i: entry(claim, live.get(i, []), chapters.get(i), paper.get(i, []))
+        | ({} if is_finding(claim) else relations(claims, i))
+        for i, claim in claims.items()
+    }
+
+
+def is_finding(claim):
+    return claim["kind"] == "finding"
+
+
+def relations(claims, name):
+    """What uses a statement, and the findings about it."""
+    return {
+        "used_by": [i for i, c in claims.items() if name in c.get("rests_on", [])],
+        "findings": [i for i, c in claims.items() if name in c.get("of", [])],
+    }
+
+
+def entry(claim, rows, chapter, paper_rows):
+    """What claims.json says of one ID, but for what other IDs say of it."""
+    from ngdcore.ledger import finding, verdict
+
+    key, judge = ("standing", finding) if is_finding(claim) else ("verdict", verdict)
+    kept = {
+        key: judge(claim, paper_rows),
+        "devices": list(dict.fromkeys(row["device"] for row in paper_rows)),
+        "rows": [plain(row) for row in paper_rows],
+    }
+    return {
+        **claim,
+        "chapter": chapter,
+        key: judge(claim, rows),
+        "rows": [plain(row) for row in rows],
+        "paper_scale": kept if paper_rows else None,
+    }
+
+
+def plain(row):
+    """A row as claims.json has it: without its ID, long arrays by their ends, and what
+    was said of it in words.
+    """
+    from ngdcore.ledger import anchor, outcome, tolerance
+
+    brief = {key: compact(row.get(key)) for key in ("measured", "predicted", "printed")}
+    rivals = row.get("unlike") or {}
+    kept = ("part", "note", "rel", "rtol", "atol", "holds", "slack", "printed_holds")
+    kept += ("derived", "scale", "seeds", "dtype", "device", "near", "sharp")
+    return {
+        **{key: row.get(key) for key in kept},
+        **brief,
+        "printed_rel": row.get("printed_rel", row["rel"]),
+        "unlike": {label: compact(rival) for label, rival in rivals.items()},
+        "blind": row.get("blind") or [],
+        "tolerance_after_look": row.get("tolerance_after_look", False),
+        "settings": {k: compact(v) for k, v in (row.get("settings") or {}).items()},
+        "outcome": outcome(row),
+        "allowed": tolerance(row),
+        "anchor": anchor(row),
+    }
+
+
+def compact(value):
+    """Arrays of more than LONG numbers as {count, least, greatest}; what is not finite
+    counts, and is neither least nor greatest.
+    """
+    if not isinstance(value, list):
+        return value
+    flat = np.ravel(np.array(value, dtype=object)).tolist()
+    if len(flat) <= LONG or any(isinstance(v, (list, dict)) for v in flat):
+        return value
+    real = [v for v in flat if isinstance(v, (int, float))]
+    ends = {"least": min(real, default=None), "greatest": max(real, default=None)}
+    return {"count": len(flat), **ends}
+
+
+def kept_runs(root):
+    """What is known of each file of data/recorded, its rows and values apart."""
+    pages = {slug(p.stem): p for p in sorted((Path(root) / "notebooks").glob("*.md"))}
+    runs = []
+    for run in recorded(root):
+        known = ("chapter", "scale", "device", "versions", "seconds")
+        page = pages.get(slug(run["chapter"]))
+        runs.append(
+            {key: run[key] for key in known}
+            | {"date": run.get("date"), "state": state(root, page, run)}
+            | {"page": page and f"notebooks/{page.stem}"}
+        )
+    return runs
+
+
+def state(root, page, run):
+    """Whether a kept run was made with the code cells and the package of now."""
+    import jupytext
+
+    from ngdcore.__main__ import hashes
+
+    if page is None or "hashes" not in run:
+        return "not known"
+    now = hashes(Path(root), jupytext.read(page, fmt="md:myst"))
+    changed = [name for name, hash_ in run["hashes"].items() if now[name] != hash_]
+    return f"stale: {' and '.join(changed)} changed" if changed else "yes"
+
+
+def slug(name):
+    from ngdcore.ledger import slug
+
+    return slug(name)
+
+
+def revision(root):
+    """Commit and its date, in so far as they are known; else no commit, and today."""
+    commands = (
+        ["describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
+        ["show", "-s", "--format=%cs"],
+    )
+    done = [
+        subprocess.run(["git", "-C", str(root), *c], capture_output=True, text=True)
+        for c in commands
     ]
+    if any(d.returncode for d in done):
+        return None, date.today().isoformat()
+    return tuple(d.stdout.strip() for d in done)
 
 
-def build_report(env, executed):
+def device():
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return platform.machine() + " CPU"
+
+
+def build_report(app, executed):
+    """What this build is: version, commit, scale, machine, seconds."""
+    import torch
+
+    import ngdcore
+    from ngdcore.ledger import VERDICTS
+
+    commit, day = revision(app.srcdir)
     seconds = {
         doc: data["exec_data"]["runtime"]
-        for doc, data in sorted(getattr(env, "nb_metadata", {}).items())
+        for doc, data in sorted(getattr(app.env, "nb_metadata", {}).items())
         if data.get("exec_data")
     }
     rows = [row for rows in executed.values() for row in rows]
-    import torch
-
-    device = (
-        torch.cuda.get_device_name(0)
-        if torch.cuda.is_available()
-        else platform.machine() + " CPU"
-    )
-    seeds = sorted({s for row in rows for s in row.get("seeds") or []})
     return {
+        "title": app.config.html_title or app.config.project,
+        "version": ngdcore.__version__,
+        "commit": commit,
+        "date": day,
         "scale": scale(),
-        "device": device,
+        "device": device(),
         "threads": torch.get_num_threads(),
-        "seeds": seeds,
+        "seeds": sorted({s for row in rows for s in row.get("seeds") or []}),
         "versions": {"python": platform.python_version()}
         | {p: version(p) for p in PACKAGES},
         "seconds": seconds,
+        "verdicts": [*reversed(VERDICTS)],
     }
 
 
@@ -235,9 +335,13 @@ def gather(app, env):
     """
     state = kept(env)
     executed = dict(sorted(state["rows"].items()))
-    claims, report = ledger(app.srcdir, executed), build_report(env, executed)
-    changed = (claims, report) != (state.get("claims"), state.get("report"))
-    state.update(claims=claims, report=report)
+    now = {
+        "claims": ledger(app.srcdir, executed, device()),
+        "report": build_report(app, executed),
+        "runs": kept_runs(app.srcdir),
+    }
+    changed = any(now[key] != state.get(key) for key in now)
+    state.update(now)
     return sorted(state["tables"]) if changed else []
 
 
@@ -253,156 +357,27 @@ def bring_plotly(app, exception):
 
 
 def write_claims(app, exception):
-    if exception is None and app.builder.format == "html":
-        text = json.dumps(kept(app.env)["claims"], indent=1, ensure_ascii=False)
-        Path(app.outdir, "claims.json").write_text(text, encoding="utf8")
+    """claims.json, its schema and the certificates, at the root of the site."""
+    if exception is not None or app.builder.format != "html":
+        return
+    state, out = kept(app.env), Path(app.outdir)
+    known = ("version", "commit", "date", "scale", "device")
+    head = {"schema": SCHEMA} | {key: state["report"][key] for key in known}
+    lines = (json.dumps(c, ensure_ascii=False) for c in state["claims"].values())
+    text = json.dumps(head, ensure_ascii=False)[:-1] + ', "claims": [\n'
+    text += ",\n".join(lines) + "\n]}\n"
+    (out / "claims.json").write_text(text, encoding="utf8")
+    book = Path(app.srcdir) / "book"
+    shutil.copy(book / "claims.schema.json", out)
+    shutil.copytree(
+        book / "certificates",
+        out / "certificates",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
 
 
 # --- The tables -----------------------------------------------------------------------
-
-
-def number(x):
-    """Four significant digits; powers of ten in plain text, so that nothing needs
-    MathJax.
-    """
-    if x is None or isinstance(x, (bool, str)):
-        return {None: "–", True: "yes", False: "no"}.get(x, x)
-    mantissa, _, exponent = f"{x:.4g}".partition("e")
-    return (
-        f"{mantissa} × 10{str(int(exponent)).translate(RAISED)}"
-        if exponent
-        else mantissa
-    )
-
-
-def value(x):
-    """A number, or how many and between which."""
-    if isinstance(x, dict):
-        return ", ".join(f"{k} {value(v)}" for k, v in x.items())
-    if not isinstance(x, list):
-        return number(x)
-    flat = np.ravel(np.array(x, dtype=object)).tolist()
-    if len(flat) <= 3 or any(isinstance(v, (str, bool, type(None))) for v in flat):
-        return ", ".join(map(number, flat[:4])) + (" …" if len(flat) > 4 else "")
-    return f"{len(flat)} values, {number(min(flat))} to {number(max(flat))}"
-
-
-def table(head, rows, kind):
-    """rows of cells that are HTML already."""
-
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
-
-    return (
-        f'<div class="ngd-table"><table class="table {kind}">'
-        f"<thead>{line(head, 'th')}</thead>"
-        f"<tbody>{''.join(line(r, 'td') for r in rows)}</tbody></table></div>"
-    )
-
-
-def badge(verdict):
-    return f'<span class="verdict verdict-{verdict.replace(" ", "-")}">{verdict}</span>'
-
-
-def link(app, page, doc, text):
-    if doc is None:
-        return text
-    return f'<a href="{app.builder.get_relative_uri(page, doc)}">{text}</a>'
-
-
-def title_of(env, doc):
-    return escape(env.titles[doc].astext()) if doc in env.titles else doc
-
-
-def scoreboard(app, page, claims, ids):
-    def line(c):
-        return (
-            link(app, page, c["chapter"], c["id"]),
-            escape(c["at"] or "–"),
-            escape(c["title"]),
-            badge(c["verdict"]),
-            badge(c["verdict_paper"]) if c["verdict_paper"] else "not yet",
-        )
-
-    head = ("ID", "Place", "Claim", f"Here ({scale()} scale)", "Paper scale")
-    return "".join(
-        f"<h3>{PAPERS.get(paper, paper)}</h3>"
-        + table(head, [line(c) for c in claims if c["paper"] == paper], "scoreboard")
-        for paper in dict.fromkeys(c["paper"] for c in claims)
-    )
-
-
-def claim_rows(app, page, claims, ids):
-    def line(c, row):
-        name = c["id"] + (f"/{row['part']}" if row.get("part") else "")
-        return (
-            link(app, page, c["chapter"], escape(name)),
-            value(row["measured"]),
-            SIGNS[row["rel"]],
-            value(row["predicted"]),
-            value(row.get("printed")),
-            value(tolerance(row)),
-            value(row.get("slack")),
-            badge(row["verdict"]),
-        )
-
-    found = {c["id"]: c for c in claims}
-    if unknown := set(ids) - set(found):
-        raise ValueError(
-            f"{page}: not in book/claims.yml: {', '.join(sorted(unknown))}"
-        )
-    rows = [line(found[i], row) for i in ids for row in found[i]["rows"]]
-    rows += [
-        (i, "–", "", "–", "–", "–", "–", badge("open"))
-        for i in ids
-        if not found[i]["rows"]
-    ]
-    return table(
-        ("ID", "Measured", "", "Predicted", "Printed", "Tolerance", "Slack", "Verdict"),
-        rows,
-        "claims",
-    )
-
-
-def tally(app, page, claims, ids):
-    def line(paper):
-        verdicts = [c["verdict"] for c in claims if c["paper"] == paper]
-        return [
-            PAPERS.get(paper, paper),
-            *(str(verdicts.count(v) or "–") for v in VERDICTS),
-            str(len(verdicts)),
-        ]
-
-    papers = dict.fromkeys(c["paper"] for c in claims)
-    return table(("Paper", *map(badge, VERDICTS), "all"), map(line, papers), "tally")
-
-
-def report_table(app, page, claims, ids):
-    report = kept(app.env)["report"]
-    seconds = [
-        (link(app, page, doc, title_of(app.env, doc)), f"{s:.1f}")
-        for doc, s in report["seconds"].items()
-        if s
-    ]
-    facts = [
-        ("Scale", report["scale"]),
-        ("Device", escape(report["device"])),
-        ("Threads", str(report["threads"])),
-        ("Seeds", ", ".join(map(str, report["seeds"])) or "–"),
-        *report["versions"].items(),
-    ]
-    total = ("All chapters", f"{sum(s for s in report['seconds'].values() if s):.1f}")
-    return table(("", "This build"), facts, "facts") + table(
-        ("Chapter", "Seconds"), [*seconds, total], "seconds"
-    )
-
-
-TABLES = {
-    "scoreboard": scoreboard,
-    "claims": claim_rows,
-    "tally": tally,
-    "build-report": report_table,
-}
 
 
 class Deferred(nodes.General, nodes.Element):
@@ -419,8 +394,18 @@ class Table(SphinxDirective):
 
 
 def fill(app, doctree, docname):
+    env, state = app.env, kept(app.env)
+
+    def uri(doc):
+        known = doc in env.found_docs
+        return app.builder.get_relative_uri(docname, doc) if known else None
+
+    def title(doc):
+        return escape(env.titles[doc].astext()) if doc in env.titles else doc
+
+    view = View(state["claims"], state["report"], state["runs"], docname, uri, title)
     for node in list(doctree.findall(Deferred)):
-        html = TABLES[node["table"]](app, docname, kept(app.env)["claims"], node["ids"])
+        html = TABLES[node["table"]](view, node["ids"])
         node.replace_self(nodes.raw("", html, format="html"))
 
 
@@ -433,6 +418,8 @@ def setup(app):
     app.connect("doctree-resolved", fill)
     app.connect("build-finished", write_claims)
     app.connect("build-finished", bring_plotly)
+    app.add_css_file("css/ledger.css")
+    app.add_js_file("ledger.js", loading_method="defer")
     app.add_node(Deferred)
     for name in TABLES:
         app.add_directive(name, Table)

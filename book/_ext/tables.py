@@ -1,0 +1,431 @@
+"""The tables of the ledger, as HTML: scoreboard, findings, the rows of some claims, the
+counts of the landing page, kept runs, and what this build was.
+
+Each is made from a `View`, when all chapters have been read."""
+
+from html import escape
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+PAPERS = {
+    "zhang2019": "Zhang, Martens, Grosse (2019)",
+    "karakida2020": "Karakida, Osawa (2020)",
+    "bernacchia2018": "Bernacchia, Lengyel, Hennequin (2018)",
+}
+NATURES = {
+    "error": ("errors", "printed, and false inside its own hypotheses"),
+    "gap": ("gaps", "true, and the printed proof does not give it"),
+    "differs": ("differences", "measured otherwise in the paper's own setting"),
+    "sharpened": ("sharpened", "true, and more can be said"),
+    "extended": ("extended", "what the papers do not say"),
+    "reading": ("readings", "the text is damaged or ambiguous there"),
+    "misprint": ("misprints", "without consequence"),
+}
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SIGNS = {"==": "=", "<=": "≤", ">=": "≥"}
+SCOREBOARD, ERRATA = "book/scoreboard", "book/errata"
+PENDING = "not yet re-judged"
+
+
+class View(NamedTuple):
+    """What a table is made from, seen from one page."""
+
+    claims: dict[str, dict]  # by ID, as in claims.json
+    report: dict  # what this build was
+    runs: list[dict]  # the kept runs
+    page: str
+    uri: Callable  # of a page of the book; None where it has no such page
+    title: Callable  # of a page of the book
+
+    def link(self, doc, text, fragment=""):
+        """A link to a place in the book; the text alone where there is no such page."""
+        uri = self.uri(doc)
+        if uri is None:
+            return text
+        return f'<a href="{uri}{"#" * bool(fragment)}{fragment}">{text}</a>'
+
+    def at_root(self, path, text):
+        """A link to a file at the root of the site."""
+        return f'<a href="{"../" * self.page.count("/")}{path}">{text}</a>'
+
+    def place(self, name):
+        """A link to where an ID is told of: a finding's entry, a statement's row."""
+        claim = self.claims[name]
+        if "nature" in claim:
+            return self.link(ERRATA, name, f"errata-{name.lower()}")
+        return self.link(SCOREBOARD, name, f"claim-{name}")
+
+    def places(self, names):
+        return ", ".join(map(self.place, names))
+
+
+# --- Words and numbers ----------------------------------------------------------------
+
+
+def number(x):
+    """Four significant digits; powers of ten in plain text, so that nothing needs
+    MathJax.
+    """
+    if x is None or isinstance(x, (bool, str)):
+        return {None: "–", True: "yes", False: "no"}.get(x, x)
+    mantissa, _, exponent = f"{x:.4g}".partition("e")
+    return (
+        f"{mantissa} × 10{str(int(exponent)).translate(RAISED)}"
+        if exponent
+        else mantissa
+    )
+
+
+def value(x):
+    """A number, or how many and between which."""
+    if isinstance(x, dict):
+        return f"{x['count']} values, {number(x['least'])} to {number(x['greatest'])}"
+    if not isinstance(x, list):
+        return number(x)
+    flat = np.ravel(np.array(x, dtype=object)).tolist()
+    if len(flat) <= 3 or any(isinstance(v, (str, bool, type(None))) for v in flat):
+        return ", ".join(map(number, flat[:4])) + (" …" if len(flat) > 4 else "")
+    return f"{len(flat)} values, {number(min(flat))} to {number(max(flat))}"
+
+
+def badge(word):
+    return f'<span class="verdict verdict-{word.replace(" ", "-")}">{word}</span>'
+
+
+def pending(claim):
+    """The mark of a claim whose rows have not been gone over."""
+    if claim["rejudged"] or claim.get("verdict") in (PENDING, "open"):
+        return ""
+    return f' <abbr class="ngd-pending" title="{PENDING}">°</abbr>'
+
+
+def weight(claim):
+    """One to three dots."""
+    k = claim["weight"]
+    return f'<span title="weight {k} of 3">{"●" * k}{"○" * (3 - k)}</span>'
+
+
+def standing(claim):
+    """Nature, and whether the rows show it."""
+    word = badge(claim["nature"])
+    return word + (
+        "" if claim["standing"] == "shown" else " " + badge(claim["standing"])
+    )
+
+
+def table(head, rows, kind):
+    """rows of cells that are HTML already, or pairs of a row's attributes and such."""
+
+    def line(cells, tag):
+        attributes, cells = (
+            cells if isinstance(cells[1], (tuple, list)) else ("", cells)
+        )
+        inner = "".join(f"<{tag}>{c}</{tag}>" for c in cells)
+        return f"<tr{attributes}>{inner}</tr>"
+
+    return (
+        f'<div class="ngd-table" tabindex="0"><table class="table {kind}">'
+        f"<thead>{line(head, 'th')}</thead>"
+        f"<tbody>{''.join(line(r, 'td') for r in rows)}</tbody></table></div>"
+    )
+
+
+def small(*parts):
+    """What there is of some remarks, each on a line of its own."""
+    return "".join(f"<small>{part}</small>" for part in parts if part)
+
+
+# --- Scoreboard -----------------------------------------------------------------------
+
+
+def statements(view):
+    return [c for c in view.claims.values() if "nature" not in c]
+
+
+def findings(view):
+    return [c for c in view.claims.values() if "nature" in c]
+
+
+def scoreboard(view, ids):
+    """One row a statement, with the findings about it."""
+    head = ("Statement", "What it says", "Verdict", "Findings about it")
+    return "".join(
+        f'<h3 id="scoreboard-{paper}">{name}</h3>'
+        + table(
+            head,
+            [
+                scoreboard_row(view, claim)
+                for claim in statements(view)
+                if claim["paper"] == paper
+            ],
+            "scoreboard",
+        )
+        for paper, name in PAPERS.items()
+        if any(claim["paper"] == paper for claim in statements(view))
+    )
+
+
+def scoreboard_row(view, claim):
+    name, about = claim["id"], [view.claims[i] for i in claim["findings"]]
+    rests, used = view.places(claim["rests_on"]), view.places(claim["used_by"])
+    runs = chapter_links(view, claim)
+    says = escape(claim["title"]) + small(
+        f"rests on {rests}" * bool(rests),
+        f"used by {used}" * bool(used),
+        f"computed in {runs}" * bool(runs),
+    )
+    kept = claim["paper_scale"]
+    verdict = badge(claim["verdict"]) + pending(claim)
+    if kept:
+        where = escape(", ".join(kept["devices"]))
+        verdict += small(f"paper scale: {kept['verdict']}, on {where}")
+    links = "".join(
+        f'<div class="ngd-about">{view.place(c["id"])} {standing(c)}</div>'
+        for c in about
+    )
+    place = f'<a href="#claim-{name}">{name}</a>' + small(escape(claim["at"]))
+    return attributes(view, claim, about), (place, says, verdict, links or "–")
+
+
+def attributes(view, claim, about):
+    """What the page's script filters and sorts by."""
+    values = {
+        "paper": PAPERS.get(claim["paper"], claim["paper"]),
+        "kind": claim["kind"],
+        "verdict": claim["verdict"],
+        "nature": "|".join(dict.fromkeys(c["nature"] for c in about)),
+        "weight": str(max((c["weight"] for c in about), default="")),
+        "device": "|".join(devices(claim)),
+    }
+    data = "".join(f' data-{k}="{escape(v)}"' for k, v in values.items())
+    return f' id="claim-{claim["id"]}"{data}'
+
+
+def devices(claim):
+    """Those that the rows of a claim ran on, here and in kept runs."""
+    kept = claim["paper_scale"] or {"devices": []}
+    return list(
+        dict.fromkeys([row["device"] for row in claim["rows"]] + kept["devices"])
+    )
+
+
+def chapter_links(view, claim):
+    """Links to the rows of a claim in its chapter."""
+    return ", ".join(
+        view.link(claim["chapter"], escape(row["part"] or claim["id"]), row["anchor"])
+        for row in claim["rows"]
+    )
+
+
+# --- Findings -------------------------------------------------------------------------
+
+
+def overview(view, ids):
+    """The findings, natures apart, the weightiest first."""
+
+    def line(claim):
+        name = claim["id"]
+        what = escape(claim["title"]) + small(
+            f"{escape(claim['at'])}; about {view.places(claim['of'])}"
+        )
+        return f' id="claim-{name}"', (
+            view.place(name) + small(weight(claim)),
+            what,
+            standing(claim) + small(assurance(view, claim)),
+        )
+
+    parts = []
+    for nature, (plural, meaning) in NATURES.items():
+        found = [c for c in findings(view) if c["nature"] == nature]
+        if found:
+            found.sort(key=lambda c: -c["weight"])
+            parts.append(
+                f'<h3 id="findings-{nature}">{plural.capitalize()}: {meaning}</h3>'
+                + table(("Finding", "What", "How sure"), map(line, found), "findings")
+            )
+    return "".join(parts)
+
+
+def assurance(view, claim):
+    """How sure a finding is, with its certificate."""
+    if not claim["certificate"]:
+        return claim["sure"]
+    path = f"certificates/{claim['certificate']}"
+    return f"{claim['sure']}: {view.at_root(path, 'certificate')}"
+
+
+def claim_rows(view, ids):
+    """What the rows of some claims say."""
+    if unknown := set(ids) - set(view.claims):
+        raise ValueError(
+            f"{view.page}: not in book/claims.yml: {', '.join(sorted(unknown))}"
+        )
+    return "".join(one_claim(view, view.claims[i]) for i in ids)
+
+
+def one_claim(view, claim):
+    rows = [row_cells(view, claim, row) for row in claim["rows"]]
+    body = (
+        table(("Row", "What was claimed, and what came out"), rows, "claims")
+        if rows
+        else "<p>No chapter has recorded it yet.</p>"
+    )
+    return f'<div class="ngd-claim">{heading(view, claim)}{body}</div>'
+
+
+def heading(view, claim):
+    """ID, verdict or nature, and what an ID is tied to."""
+    name, title = claim["id"], escape(claim["title"])
+    if "nature" not in claim:
+        about = view.places(claim["findings"])
+        told = f"findings: {about}" if about else ""
+        words = badge(claim["verdict"]) + pending(claim)
+        return f"<p>{view.place(name)} {words} {title} {small(told)}</p>"
+    told = f"{assurance(view, claim)}; about {view.places(claim['of'])}"
+    where = f"{weight(claim)} {told}"
+    cited = cite(view, claim) if view.page == ERRATA else small(title)
+    return f"<p>{view.place(name)} {standing(claim)} {small(where)}</p>{cited}"
+
+
+def cite(view, claim):
+    """How to cite an entry of the errata."""
+    report = view.report
+    text = (
+        f"“{report['title']}”, version {report['version']}, {report['date']}"
+        f" (commit {report['commit'] or 'unknown'}), finding {claim['id']}:"
+        f" {claim['title']}. book/errata.html#errata-{claim['id'].lower()}"
+    )
+    return (
+        '<details class="ngd-cite"><summary>Cite this</summary>'
+        f"<p>{escape(text)}</p></details>"
+    )
+
+
+def row_cells(view, claim, row):
+    """A row's name and outcome; its note, its numbers, and how it is judged."""
+    name = claim["id"] + (f"/{row['part']}" if row["part"] else "")
+    left = view.link(claim["chapter"], escape(name), row["anchor"])
+    note = f"<p>{escape(row['note'])}</p>" if row["note"] else ""
+    return left + small(badge(row["outcome"])), note + numbers(row) + judged(row)
+
+
+def numbers(row):
+    """Measured, predicted and printed, each in one piece."""
+    relation = SIGNS[row["rel"]]
+    parts = [
+        f"measured {value(row['measured'])}",
+        f"predicted {relation} {value(row['predicted'])}",
+    ]
+    if row["printed"] is not None:
+        stands = "holds" if row["printed_holds"] else "fails"
+        sign = SIGNS[row["printed_rel"]]
+        parts.append(f"printed {sign} {value(row['printed'])}: {stands}")
+    return '<p class="ngd-numbers">' + "; ".join(parts) + "</p>"
+
+
+def judged(row):
+    """Tolerance, slack, rivals and circumstances, folded."""
+    facts = [f"Allowed: {row['allowed']}."]
+    if row["slack"] is not None:
+        facts.append(f"Slack of the bound: {number(row['slack'])}.")
+    if row["tolerance_after_look"]:
+        facts.append("The tolerance was set after a look at the run.")
+    if row["blind"]:
+        facts.append(f"It cannot tell from: {', '.join(row['blind'])}.")
+    elif row["unlike"]:
+        rivals = (f"{label} ({value(v)})" for label, v in row["unlike"].items())
+        facts.append(f"It would have caught: {'; '.join(rivals)}.")
+    elif loose(row):
+        facts.append("Loose: nothing near would have been caught.")
+    if row["sharp"]:
+        facts.append(f"The sharp row beside it: {row['sharp']}.")
+    facts.append(f"{row['scale']} scale, {row['dtype']}, on {row['device']}.")
+    return (
+        "<details><summary>how it is judged</summary>"
+        f"<p>{escape(' '.join(facts))}</p></details>"
+    )
+
+
+def loose(row):
+    """A bound with room to spare and no sharp row beside it."""
+    room = row["slack"] is None or row["slack"] > 1.3
+    return row["rel"] != "==" and room and not row["sharp"]
+
+
+# --- Counts, runs, this build ---------------------------------------------------------
+
+
+def tally(view, ids):
+    """Statements by verdict and findings by nature, in two lines."""
+    verdicts = [c["verdict"] for c in statements(view)]
+    natures = [c["nature"] for c in findings(view)]
+    standings = [c["standing"] for c in findings(view)]
+    counted = ", ".join(
+        f"{verdicts.count(v)} {badge(v)}"
+        for v in view.report["verdicts"]
+        if v in verdicts
+    )
+    found = ", ".join(f"{natures.count(n)} {badge(n)}" for n in NATURES if n in natures)
+    rest = ", ".join(
+        f"{standings.count(s)} {s}"
+        for s in (PENDING, "not shown", "open")
+        if s in standings
+    )
+    return (
+        f'<p class="tally"><strong>{len(verdicts)} statements</strong> of the papers:'
+        f" {counted}.</p>"
+        f'<p class="tally"><strong>{len(natures)} findings</strong> about them:'
+        f" {found}" + (f" (of these, {rest})" if rest else "") + ".</p>"
+    )
+
+
+def kept_runs(view, ids):
+    """The long runs that are kept, with what they were made on and with."""
+
+    def line(run):
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        return (
+            view.link(run["page"], view.title(run["page"]))
+            if run["page"]
+            else run["chapter"],
+            escape(run["device"]) + small(escape(versions)),
+            f"{run['seconds']:.0f}",
+            run["date"] or "not known",
+            run["state"],
+        )
+
+    head = ("Chapter", "Device", "Seconds", "Date", "Still what the code gives?")
+    return table(head, map(line, view.runs), "runs")
+
+
+def build_report(view, ids):
+    report = view.report
+    seconds = [
+        (view.link(doc, view.title(doc)), f"{s:.1f}")
+        for doc, s in report["seconds"].items()
+        if s
+    ]
+    facts = [
+        ("Version", f"{report['version']}, {report['date']}"),
+        ("Commit", report["commit"] or "not known"),
+        ("Scale", report["scale"]),
+        ("Device", escape(report["device"])),
+        ("Threads", str(report["threads"])),
+        ("Seeds", ", ".join(map(str, report["seeds"])) or "–"),
+        *report["versions"].items(),
+    ]
+    total = ("All chapters", f"{sum(s for s in report['seconds'].values() if s):.1f}")
+    return table(("Fact", "This build"), facts, "facts") + table(
+        ("Chapter", "Seconds"), [*seconds, total], "seconds"
+    )
+
+
+TABLES = {
+    "scoreboard": scoreboard,
+    "findings": overview,
+    "claims": claim_rows,
+    "tally": tally,
+    "kept-runs": kept_runs,
+    "build-report": build_report,
+}

@@ -1,0 +1,91 @@
+"""Each certificate runs alone, in exact arithmetic, and fails where it should."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+from conftest import ROOT
+
+from ngdcore.ledger import is_finding, registry
+
+FOLDER = ROOT / "book" / "certificates"
+FILES = sorted(FOLDER.glob("*.py"))
+ALLOWED = {"fractions", "math", "itertools", "functools", "sympy", "flint"}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_runs_alone(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-I", path], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_imports_nothing_of_ours_and_uses_no_floats(path):
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+        assert not (isinstance(node, ast.Constant) and isinstance(node.value, float))
+    assert names <= ALLOWED
+
+
+def test_findings_and_files_name_each_other():
+    named = {c["certificate"]: c for c in registry().values() if is_finding(c)}
+    named.pop(None, None)
+    assert set(named) == {path.name for path in FILES}
+    for name, claim in named.items():
+        assert claim["sure"] == "certified"
+        assert (FOLDER / name).read_text().startswith(f'"""{claim["id"]}. ')
+
+
+def test_an_error_gone_over_has_a_proof_or_a_certificate():
+    errors = [c for c in registry().values() if c.get("nature") == "error"]
+    assert not [c["id"] for c in errors if c["sure"] == "measured"]
+    assert not [c["id"] for c in errors if c["rejudged"] and not c["certificate"]]
+
+
+@pytest.mark.parametrize(
+    ("bound", "first"),
+    [(Fraction(3, 4), 681), (Fraction(1, 2), 680), (Fraction(1, 2), 682)],
+)
+def test_the_trace_certificate_can_fail(bound, first):
+    with pytest.raises(AssertionError):
+        load("theorem_5_trace").certify(bound, first)
+
+
+def test_the_diagonal_is_that_of_the_kernel():
+    trace = load("theorem_5_trace")
+    assert trace.diagonal() == Fraction(1, 2)
+    assert trace.diagonal(divisor=1) != Fraction(1, 2)
+
+
+@pytest.mark.parametrize("beside", [Fraction(1, 2), Fraction(2)])
+def test_the_inertia_certificate_can_fail(beside):
+    inertia = load("tridiagonal_inertia")
+    broken = {L: inertia.tridiagonal(L, beside) for L in range(1, 9)}
+    with pytest.raises(AssertionError):
+        inertia.certify(broken)
+
+
+@pytest.mark.parametrize(("middle", "negative"), [(3, 0), (-3, 6), (1, 2)])
+def test_both_ways_count_signs(middle, negative):
+    inertia = load("tridiagonal_inertia")
+    matrix = inertia.tridiagonal(6)
+    for k in range(6):
+        matrix[k][k] = Fraction(middle)
+    assert inertia.sturm(matrix) == inertia.inertia(matrix) == (negative, 0)
