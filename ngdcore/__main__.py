@@ -109,6 +109,7 @@ def _device() -> str:
 
 
 def _written(path: Path, result: dict) -> Path:
+    """The path, once it holds the result of a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # An interrupted write leaves no half a record behind.
     draft = path.with_suffix(".part")

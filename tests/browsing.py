@@ -63,7 +63,8 @@ FACTS = r"""async () => {
   const top = el => Math.round(el.getBoundingClientRect().top + scrollY);
   const visible = el => shown(el) && !el.closest("details:not([open])") &&
     !el.closest(".toggle-hidden");
-  const lines = el => el.textContent.replace(/\n+$/, "").split("\n");
+  const lines = el =>
+    (el.querySelector("pre") ?? el).textContent.replace(/\n+$/, "").split("\n");
   const shape = () => {
     const picture = Array.from(document.querySelectorAll(
       "article :is(figure, .cell_output img, .ngd-interactive, .dragq)"))

@@ -67,25 +67,50 @@ def test_verdicts():
     claims = ledger.registry()
     row = lambda i, *a, **k: ledger.record(i, *a, **k)  # noqa: E731
     good, bad = row("Z-T1", 1, 1), row("Z-T1", 1, 2)
-    corrected, agreed = row("Z-X7", 1, 1, printed=2), row("Z-X7", 1, 1, printed=1)
     derived = row("Z-L4", 1, 1, derived=True)
     of = ledger.verdict
     assert of(claims["Z-T1"], []) == "open"
     assert of(claims["Z-T1"], [good]) == "reproduced"
     assert of(claims["Z-T1"], [good, bad]) == "not reproduced"
-    assert of(claims["Z-X7"], [corrected]) == "corrected"
-    assert of(claims["Z-X7"], [agreed]) == "reproduced"
-    assert of(claims["Z-X7"], [agreed, corrected]) == "corrected"
-    assert of(claims["Z-X7"], [corrected, row("Z-X7", 1, 2)]) == "not reproduced"
     assert of(claims["Z-L4"], [derived]) == "derived"
     assert of(claims["Z-T1"], [row("Z-T1", 1, 1, derived=True)]) == "reproduced", (
         "a theorem needs numbers"
     )
-    assert of(claims["K-X16"], [row("K-X16", 1, 1)]) == "noted"
-    assert (
-        of(claims["Z-T1"], [row("Z-T1", [1, 1], [1, 1], printed=[1, float("nan")])])
-        == "corrected"
-    )
+    nan = row("Z-T1", [1, 1], [1, 1], printed=[1, float("nan")])
+    assert of(claims["Z-T1"], [nan]) == "not yet re-judged"
+    assert of(claims["Z-T1"] | {"rejudged": True}, [nan]) == "false as printed"
+
+
+def test_a_rival_that_holds_turns_its_row_red():
+    near, wide = {"half the rate": 0.9}, {"nearly": 0.81}
+    row = ledger.record("Z-T1", 0.81, 0.8, rtol=0.02, unlike=near)
+    assert row["holds"] and row["near"] and not row["blind"]
+    blind = ledger.record("Z-T1", 0.81, 0.8, rtol=0.02, unlike=near | wide)
+    assert blind["holds"] and blind["blind"] == ["nearly"]
+    assert ledger.verdict(ledger.registry()["Z-T1"], [row, blind]) == "not reproduced"
+    assert "CANNOT TELL" in ledger.outcome(blind).upper()
+    with pytest.raises(ValueError, match="one to three"):
+        ledger.record("Z-T1", 1, 1, unlike=dict.fromkeys("abcd", 2))
+
+
+def test_natures():
+    """What is printed and holds makes an error impossible, a sharpening possible."""
+    claims = {i: c | {"rejudged": True} for i, c in ledger.registry().items()}
+    fails = ledger.record("Z-X7", 1, 1, printed=2)
+    holds = ledger.record("Z-X7", 1, 1, printed=1)
+    bound = ledger.record("Z-X7", 1, 1, printed=2, printed_rel="<=")
+    wrong = ledger.record("Z-X7", 1, 2, printed=3)
+
+    def of(nature, *rows):
+        return ledger.finding(claims["Z-X7"] | {"nature": nature}, list(rows))
+
+    assert of("error") == "open"
+    assert of("error", fails) == "shown"
+    assert of("error", fails, holds) == of("error", wrong) == "not shown"
+    assert of("error", ledger.record("Z-X7", 1, 1)) == "not shown"
+    assert of("sharpened", bound) == "shown"
+    assert of("sharpened", fails) == of("sharpened", holds) == "not shown"
+    assert of("extended", holds) == "shown" and of("extended", fails) == "not shown"
 
 
 def test_what_is_not_finite_is_named():
@@ -184,7 +209,7 @@ def test_recording_writes_whole_files(tmp_path):
         and result["device"]
         and result["versions"]["torch"]
     )
-    assert [p.name for p in path.parent.iterdir()] == ["99_small.json"]
+    assert [p.name for p in path.parent.iterdir()] == ["small.json"]
 
 
 def test_command_refuses_unknown_chapters():

@@ -16,9 +16,21 @@ def segments(text):
     parts = zip(starts, [*starts[1:], len(lines)])
     texts = ["".join(lines[start:stop]).strip("\n") for start, stop in parts]
     return "".join(lines[: starts[0]]).strip("\n"), [
-        (json.dumps([c.cell_type, c.source, c.metadata], sort_keys=True), t)
+        (json.dumps([c.cell_type, c.metadata, c.source], sort_keys=True), t)
         for c, t in zip(cells, texts)
     ]
+
+
+def merged(old, new):
+    """The text of a cell that stands for an old one: as it was, but for its source."""
+    (was, text), (now, written) = old, new
+    if was == now:
+        # a cell of text needs a break before it where another one went between
+        return written if written[:3] == "+++" != text[:3] else text
+    (kind, metadata, source), (*same, changed) = json.loads(was), json.loads(now)
+    if kind == "code" and same == [kind, metadata] and text.count(source) == 1:
+        return text.replace(source, changed)
+    return written
 
 
 def keep(before, after):
@@ -29,8 +41,7 @@ def keep(before, after):
     )
     out = [head]
     for kind, a, b, c, d in matcher.get_opcodes():
-        for i, (_, text) in enumerate(new[c:d]):
-            same = old[a + i][1] if kind == "equal" else text
-            # a cell of text needs a break before it where another one went between
-            out.append(same if same[:3] == "+++" or text[:3] != "+++" else text)
+        paired = b - a == d - c
+        for i, cell in enumerate(new[c:d]):
+            out.append(merged(old[a + i], cell) if paired else cell[1])
     return "\n\n".join(out) + "\n"
