@@ -147,8 +147,17 @@ def let_words_wrap(app, doctree, docname):
             block["classes"].append("ngd-columns" if aligned else "ngd-words")
 
 
+def drop_list_role(app, pagename, templatename, context, doctree):
+    """Docutils calls the bibliography a list, of which no entry is an item."""
+    if "body" in context:
+        context["body"] = context["body"].replace(
+            '<div role="list" class="citation-list">', '<div class="citation-list">'
+        )
+
+
 def setup(app):
     app.setup_extension("companion")
+    app.connect("html-page-context", drop_list_role)
     app.connect("doctree-read", add_ledger, priority=READ)
     app.connect("doctree-read", say_time, priority=READ)
     app.connect("doctree-read", fold_ledger, priority=FILLED)
