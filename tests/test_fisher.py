@@ -36,7 +36,7 @@ class Residual(nn.Module):
 
 
 def residual(c):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return Residual(c).double()
 

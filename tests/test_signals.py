@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 def made(build):
     """A module in float64, its weights drawn from a seed of its own."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return build().double()
 
@@ -869,7 +869,7 @@ def test_nothing_is_left_behind_by_errors():
         ngd.signals(module, x)
     assert not hooks_of(module)
     module = made(lambda: net(lambda m, x: m.c(m.b(m.a(x)) * torch.rand(6))))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(1)
         module(x)
         state = torch.get_rng_state()
