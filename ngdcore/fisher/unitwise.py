@@ -68,10 +68,11 @@ class UnitWise(WeightSide):
 
     def _inverse(self, sig, damping, generator=None):
         """From residuals (..., N, C) to pairs (E, H), unit by unit."""
-        numbers = sum(D.shape[1] for D in sig.D) * sig.n**2
+        activities = [_activity(sig, D) for D in sig.D]
+        numbers = sum(int((s > 0).sum(1).square().sum()) for s in activities)
         solvers = [
-            self._units(H @ H.T, _activity(sig, D), sig.n * damping, numbers, l)
-            for l, (H, D) in enumerate(zip(sig.H, sig.D))
+            self._units(H @ H.T, s, sig.n * damping, numbers, l)
+            for l, (H, s) in enumerate(zip(sig.H, activities))
         ]
 
         def apply(g):
@@ -103,14 +104,19 @@ class UnitWise(WeightSide):
         if alike:
             solve = inverse_spd(A, guard)
             return lambda r: solve(r / activity.T)
-        roots = activity.sqrt().contiguous()
+        roots = activity.sqrt()
         inverse_roots = torch.where(activity > 0, 1 / roots, 0.0).T
+        batches = _batches(activity)
 
         def factors():
-            for t in roots.split(max(1, BATCH // A.numel())):
-                M = A * t[:, :, None] * t[:, None, :]
+            for units, active in batches:
+                # samples beyond a unit's own are inactive: their t is 0
+                t, samples = roots[units].topk(active, dim=1, sorted=False)
+                M = A.index_select(0, samples.flatten()).view(*t.shape, len(A))
+                M = M.gather(2, samples[:, None, :].expand(-1, active, -1))
+                M = M.mul_(t[:, :, None]).mul_(t[:, None, :])
                 M.diagonal(0, 1, 2).add_(shift)
-                yield t, inverse_stack(M, guard)
+                yield units, samples, t, inverse_stack(M, guard)
 
         again = factorised(factors, numbers)
         return lambda r: _through_units(inverse_roots * r, again())
@@ -119,16 +125,32 @@ class UnitWise(WeightSide):
         return f"UnitWise(rank={self.rank!r})"
 
 
+def _batches(activity: Float[Tensor, "units N"]):
+    """Units in batches of alike activity: which they are, and at how many samples the
+    most active one is active.
+    """
+    counts, order = (activity > 0).sum(1).sort(descending=True, stable=True)
+    counts, batches, start = counts.tolist(), [], 0
+    while start < len(counts):
+        active = max(1, counts[start])
+        stop = start + max(1, BATCH // active**2)
+        batches.append((order[start:stop], active))
+        start = stop
+    return batches
+
+
 def _through_units(
     r: Float[Tensor, "*k N units"], solves
 ) -> Float[Tensor, "*k N units"]:
-    """Residuals through each batch of units: its roots t (batch, N), its solve."""
+    """Residuals through each batch of units: which they are, the samples (batch,
+    active) at which they are solved, the roots t there, the solve.
+    """
     columns = r.reshape(-1, *r.shape[-2:]).permute(2, 1, 0).contiguous()
-    parts, start = [], 0
-    for t, solve in solves:
-        parts.append(t[:, :, None] * solve(columns[start : start + len(t)]))
-        start += len(t)
-    return torch.cat(parts).permute(2, 1, 0).reshape(r.shape)
+    out = torch.zeros_like(columns)
+    for units, samples, t, solve in solves:
+        rows = units[:, None], samples
+        out[rows] = t[:, :, None] * solve(columns[rows])
+    return out.permute(2, 1, 0).reshape(r.shape)
 
 
 class Diagonal(WeightSide):
