@@ -104,17 +104,12 @@ class UnitWise(WeightSide):
         if alike:
             solve = inverse_spd(A, guard)
             return lambda r: solve(r / activity.T)
-        roots = activity.sqrt()
+        roots, batches = activity.sqrt(), _batches(activity)
         inverse_roots = torch.where(activity > 0, 1 / roots, 0.0).T
-        batches = _batches(activity)
 
         def factors():
             for units, active in batches:
-                # samples beyond a unit's own are inactive: their t is 0
-                t, samples = roots[units].topk(active, dim=1, sorted=False)
-                M = A.index_select(0, samples.flatten()).view(*t.shape, len(A))
-                M = M.gather(2, samples[:, None, :].expand(-1, active, -1))
-                M = M.mul_(t[:, :, None]).mul_(t[:, None, :])
+                t, samples, M = _active(A, roots[units], active)
                 M.diagonal(0, 1, 2).add_(shift)
                 yield units, samples, t, inverse_stack(M, guard)
 
@@ -137,6 +132,16 @@ def _batches(activity: Float[Tensor, "units N"]):
         batches.append((order[start:stop], active))
         start = stop
     return batches
+
+
+def _active(A: Float[Tensor, "N N"], roots: Float[Tensor, "batch N"], active: int):
+    """A batch of units at as many samples as the most active one needs: roots t there
+    (batch, active), which samples, and t A t; beyond a unit's own samples t is 0.
+    """
+    t, samples = roots.topk(active, dim=1, sorted=False)
+    M = A.index_select(0, samples.flatten()).view(*t.shape, len(A))
+    M = M.gather(2, samples[:, None, :].expand(-1, active, -1))
+    return t, samples, M.mul_(t[:, :, None]).mul_(t[:, None, :])
 
 
 def _through_units(
