@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # What says in about a minute whether the numbers still stand.
-NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py dynamics.py infinite.py ledger.py)
+NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py matrix_free.py dynamics.py infinite.py ledger.py)
 
 .PHONY: help book chapter lab check numerics test certify sync mutate clean
 .DEFAULT_GOAL := help

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .room import check_room
 from .signals import Signals
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Factors", "empirical", "operator"]
 
+REMEDY = (
+    "use fewer samples, float32, blocks() or operator() in its place, or"
+    " fisher.MatrixFree(stored=False) to solve with it"
+)
+RUN = 16  # samples that some_rows takes from one place
 TILE = 256  # rows of NC a tile: small enough for the cache, large enough for GEMM
 
 Write = Callable[[slice, slice, list[Tensor]], None]
@@ -70,6 +76,19 @@ class Factors(ABC):
     @property
     def train(self) -> "Factors":
         return self if self._train is None else self._train
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the Gram matrix takes, or would.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> ngd.kernels.analytic(torch.eye(3, dtype=torch.float64), depth=2).nbytes
+        72
+        """
+        size = torch.empty(0, dtype=self.dtype).element_size()
+        return size * self.rows * self.c * self.columns * self.c
 
     def gram(self) -> Float[Tensor, "RC NC"]:
         r"""The Gram matrix :math:`K = J J^\top = \sum_l K_l` (no 1/N), shape (rows C,
@@ -207,6 +226,51 @@ class Factors(ABC):
             block = self._assemble(self._gram_tile, rows=part, columns=columns)[0]
             yield _span(part, self.c), block
 
+    def some_rows(self, count: int) -> tuple[Float[Tensor, "r NC"], Tensor]:
+        """About ``count`` rows of the square Gram, of samples in runs of 16 spread
+        evenly over the data; and their numbers (r,).
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(ngd.data.gaussian(100, 5), depth=2)
+        >>> rows, which = fac.some_rows(32)
+        >>> rows.shape, torch.allclose(rows, fac.gram()[which])
+        (torch.Size([32, 100]), True)
+        """
+        self._must_be_square("some_rows()")
+        runs = -(-min(count // self.c, self.rows) // RUN)
+        parts = [
+            slice(i * self.rows // runs, min(i * self.rows // runs + RUN, self.rows))
+            for i in range(runs)
+        ]
+        made = [self._assemble(self._gram_tile, rows=part)[0] for part in parts]
+        every = torch.arange(self.rows * self.c, device=self.device)
+        which = [every[_span(part, self.c)] for part in parts]
+        return torch.cat([every.new_empty(0, len(every)).to(self.dtype), *made]), (
+            torch.cat([every[:0], *which])
+        )
+
+    def narrow_gram(self, dtype: torch.dtype) -> Float[Tensor, "NC NC"]:
+        """The square Gram matrix in another dtype, each entry computed in this one and
+        rounded once; no more than a block of rows is held in this dtype.
+
+        Examples
+        --------
+        >>> import torch, ngdcore as ngd
+        >>> fac = ngd.kernels.analytic(ngd.data.gaussian(20, 5), depth=2)
+        >>> torch.equal(fac.narrow_gram(torch.float32), fac.gram().float())
+        True
+        """
+        n = self.rows * self.c
+        size = n**2 * torch.empty(0, dtype=dtype).element_size()
+        check_room(f"the Gram matrix in {dtype}", size, self.device, REMEDY)
+        out = torch.empty(n, n, dtype=dtype, device=self.device)
+        for part, block in self.blocks(upper=True):
+            out[part, part.start :] = block
+            out[part.start :, part] = block.T
+        return out
+
     @abstractmethod
     def cross(self, x: "Tensor | Signals") -> "Factors":
         """Factors with rows at other inputs ``x`` (or their signals) and columns at
@@ -275,6 +339,8 @@ class Factors(ABC):
         columns = columns or slice(0, self.columns)
         n, m, step = _length(rows), _length(columns), max(1, TILE // self.c)
         like = dict(dtype=self.dtype, device=self.device)
+        size = count * n * c * m * c * torch.empty(0, **like).element_size()
+        check_room("what was asked of the factors", size, self.device, REMEDY)
         made = [torch.empty(n * c, m * c, **like) for _ in range(count)]
         grids = [out.view(n, c, m, c) for out in made]
         for i in range(0, n, step):

@@ -29,12 +29,15 @@ class RankDeficient(ArithmeticError):
 @dataclass(frozen=True)
 class Info:
     """What a solve reports: the estimated condition number of the (worst) solved
-    matrix, the jitter added to it, and, where it comes for free, the loss's slope along
-    the direction."""
+    matrix, the jitter added to it, where it comes for free the loss's slope along the
+    direction, and of an iterative solve the relative residual it reached and the
+    products with the matrix it took."""
 
     condition: float
     jitter: float
     slope: float | None = None
+    residual: float | None = None
+    products: int | None = None
 
 
 UNKNOWN = Info(float("nan"), 0.0)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = ["01_quickstart", "02_function_space"]
 FISHERS = {
     "exact": ngd.fisher.Exact(),
+    "matrix-free": ngd.fisher.MatrixFree(1e-12),
     "layer-wise": ngd.fisher.LayerWise([[2, 0.5, 0], [0.5, 2, 0], [0, 0, 1]]),
     "block-diagonal": ngd.fisher.BlockDiagonal(),
     "block-tridiagonal": ngd.fisher.BlockTridiagonal(),

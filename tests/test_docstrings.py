@@ -17,6 +17,7 @@ MODULES = {
 WITHOUT = {
     "DataError",
     "RankDeficient",
+    "NotConverged",
     "Info",
     "Step",
     "Settings",

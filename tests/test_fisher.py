@@ -102,6 +102,7 @@ WEIGHTED = torch.tensor([2.0, 0.5, 3.0]).diag()
 BIASED = ["biases", "standard", "residual", "narrow", "narrow relu"]
 TABLE = {
     "exact": Row(F.Exact(), dense.exact, REGULAR),
+    "matrix-free": Row(F.MatrixFree(1e-12, landmarks=4), dense.exact, REGULAR),
     "layer-wise": Row(F.LayerWise(SIGMA), layer_wise(SIGMA), WIDE),
     "indefinite": Row(F.LayerWise(INDEFINITE), layer_wise(INDEFINITE), WIDE),
     "block-diagonal": Row(F.BlockDiagonal(), layer_wise(torch.eye(3)), WIDE),

@@ -7,11 +7,13 @@ A Fisher :math:`F` turns an output residual :math:`g` into a weight direction
 direction forward gives :math:`J d = Q g`. With damping, :math:`F + \rho I` stands for
 :math:`F`."""
 
+from ..iterative import NotConverged
 from ..solve import Info, RankDeficient
 from .base import Fisher, OutputSide, WeightSide
 from .deep_linear import DeepLinearExact
 from .kfac import KFAC, SampledKFAC, TridiagonalKFAC
 from .layerwise import BlockDiagonal, BlockTridiagonal, Exact, LayerWise
+from .matrix_free import MatrixFree
 from .unitwise import Diagonal, QuasiDiagonal, UnitWise
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "OutputSide",
     "WeightSide",
     "Exact",
+    "MatrixFree",
     "LayerWise",
     "BlockDiagonal",
     "BlockTridiagonal",
@@ -31,4 +34,5 @@ __all__ = [
     "DeepLinearExact",
     "Info",
     "RankDeficient",
+    "NotConverged",
 ]

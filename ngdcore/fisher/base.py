@@ -251,8 +251,9 @@ class Fisher:
     ) -> tuple[list[Tensor], Info]:
         """`direction`, and the `Info` of its solve."""
         g = check_residual(sig, g)
-        step, info = self._step(sig, check_damping(damping), generator)
-        return step(g, out), info
+        step, inverse = self._step(sig, check_damping(damping), generator)
+        moved = step(g, out)
+        return moved, inverse.info  # an iterative solve has it only now
 
     def _coefficient(self, factors: Factors, damping: float, generator) -> Tensor:
         """Q of checked arguments, (rows C, NC)."""
@@ -260,7 +261,7 @@ class Fisher:
 
     def _step(self, sig: Signals, damping: float, generator):
         """A function from residuals (N, C), and buffers or None, to directions; and the
-        `Info` of what it factorised.
+        `Inverse` behind it.
         """
         raise NotImplementedError
 
@@ -322,7 +323,7 @@ class OutputSide(Fisher):
                 weights = [still if w is None else w for w in weights]
             return sig.vjp(weights, out)
 
-        return step, inverse.info
+        return step, inverse
 
     def _inverse(self, factors: Factors, damping: float) -> Inverse:
         raise NotImplementedError
@@ -370,7 +371,7 @@ class WeightSide(Fisher):
 
     def _step(self, sig, damping, generator):
         inverse = self._inverse(sig, damping, generator)
-        return lambda g, out: pack(sig, inverse(g), out), inverse.info
+        return lambda g, out: pack(sig, inverse(g), out), inverse
 
     def _inverse(self, sig: Signals, damping: float, generator=None) -> Inverse:
         raise NotImplementedError

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..factors import Factors
+from ..room import check_room
 from ..solve import (
     Inverse,
     RankDeficient,
@@ -66,6 +67,9 @@ class Exact(OutputSide):
         return 1.0
 
     def _inverse(self, factors, damping):
+        """From residuals (NC, k) to output weights that all layers share."""
+        remedy = "use fewer samples, or fisher.MatrixFree()"
+        check_room("a factorised Gram", 2 * factors.nbytes, factors.device, remedy)
         K = factors.gram()
         K.diagonal().add_(factors.columns * damping)
         return inverse_spd(K, self._guard(factors))
