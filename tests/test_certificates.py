@@ -89,3 +89,61 @@ def test_both_ways_count_signs(middle, negative):
     for k in range(6):
         matrix[k][k] = Fraction(middle)
     assert inertia.sturm(matrix) == inertia.inertia(matrix) == (negative, 0)
+
+
+def test_the_narrow_certificate_can_fail():
+    narrow = load("narrow_networks")
+
+    def off(widths):
+        return {k + (k == 1): times for k, times in narrow.counted(widths).items()}
+
+    def of_the_map(*a):
+        return narrow.two_layers(*a, of_the_map=True)
+
+    wide = [*narrow.WIDE, (3, 2, 3)]
+    for change in ({"count": off}, {"repair": of_the_map}, {"wide": wide}):
+        with pytest.raises(AssertionError):
+            narrow.certify(**change)
+
+
+def test_the_certificate_of_the_origin_can_fail():
+    origin = load("into_the_origin")
+    same_side, third = (Fraction(-1), Fraction(1, 2)), Fraction(1, 3)
+
+    def unlike(w1, w2):
+        return tuple(
+            (-1 - w1 * w2) / w * share for w, share in ((w2, third), (w1, 1 - third))
+        )
+
+    for change in ({"start": same_side}, {"target": Fraction(1)}, {"rule": unlike}):
+        with pytest.raises(AssertionError):
+            origin.certify(**change)
+
+
+def test_the_certificate_past_the_origin_can_fail():
+    past = load("past_the_origin")
+
+    def gradient(w1, w2):
+        return (w2 * (-1 - w1 * w2), w1 * (-1 - w1 * w2))
+
+    for rules in ((past.ten, past.ten), (past.ten, gradient)):
+        with pytest.raises(AssertionError):
+            past.certify(*rules)
+
+
+def test_the_flat_certificate_can_fail():
+    flat = load("flat_directions")
+
+    def both_grow(layers):
+        return [abs(x) for x in flat.flat(layers)]
+
+    def too_many(widths):
+        return widths[0] * widths[-1]
+
+    for change in (
+        {"direction": both_grow},
+        {"count": too_many},
+        {"networks": [(2, 2)]},
+    ):
+        with pytest.raises((AssertionError, IndexError)):
+            flat.certify(**change)
