@@ -147,3 +147,18 @@ def test_the_flat_certificate_can_fail():
     ):
         with pytest.raises((AssertionError, IndexError)):
             flat.certify(**change)
+
+
+@pytest.mark.parametrize(("reach", "w"), [(0, (1, -2, 1)), (1, (1, -1, 0))])
+def test_the_saddle_certificate_can_fail(reach, w):
+    saddle = load("tridiagonal_saddle")
+    with pytest.raises(AssertionError):
+        saddle.certify(3, saddle.coupled(3, reach), w)
+
+
+def test_on_other_metrics_the_same_direction_is_no_descent():
+    saddle = load("tridiagonal_saddle")
+    Js, v = saddle.jacobians(3), [Fraction(1), Fraction(-2), Fraction(1)]
+    moved = saddle.change(Js, v, saddle.RESIDUAL)
+    signs = [saddle.form(Js, saddle.coupled(3, reach), moved) for reach in (0, 1, 2)]
+    assert signs[0] > 0 > signs[1] and signs[2] == 0
