@@ -162,3 +162,17 @@ def test_on_other_metrics_the_same_direction_is_no_descent():
     moved = saddle.change(Js, v, saddle.RESIDUAL)
     signs = [saddle.form(Js, saddle.coupled(3, reach), moved) for reach in (0, 1, 2)]
     assert signs[0] > 0 > signs[1] and signs[2] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": Fraction(1, 10**3)},
+        {"reach": Fraction(1, 100), "start": Fraction(1, 10**6)},
+        {"shared": Fraction(0), "own": Fraction(1)},
+        {"shared": Fraction(1, 4)},
+    ],
+)
+def test_the_small_start_certificate_can_fail(change):
+    with pytest.raises(AssertionError):
+        load("lemma_10_small_start").certify(**change)
