@@ -336,14 +336,14 @@ def finding(claim: dict, rows: list[dict]) -> str:
 
     Examples
     --------
-    >>> claim = registry()["Z-X7"] | {"rejudged": True}
+    >>> claim = registry()["K-X1"] | {"rejudged": True}
     >>> claim["nature"]
     'error'
-    >>> finding(claim, [record("Z-X7", 2, 2, printed=1)])
+    >>> finding(claim, [record("K-X1", 2, 2, printed=1)])
     'shown'
-    >>> finding(claim, [record("Z-X7", 2, 2, printed=2)])
+    >>> finding(claim, [record("K-X1", 2, 2, printed=2)])
     'not shown'
-    >>> finding(registry()["Z-X7"], [record("Z-X7", 2, 2, printed=1)])
+    >>> finding(claim | {"rejudged": False}, [record("K-X1", 2, 2, printed=1)])
     'not yet re-judged'
     """
     if not rows:

@@ -77,7 +77,8 @@ def test_verdicts():
         "a theorem needs numbers"
     )
     nan = row("Z-T1", [1, 1], [1, 1], printed=[1, float("nan")])
-    assert of(claims["Z-T1"], [nan]) == "not yet re-judged"
+    before = claims["Z-T1"] | {"rejudged": False}
+    assert of(before, [nan]) == "not yet re-judged"
     assert of(claims["Z-T1"] | {"rejudged": True}, [nan]) == "false as printed"
 
 
