@@ -74,6 +74,16 @@ def test_the_diagonal_is_that_of_the_kernel():
     assert trace.diagonal(divisor=1) != Fraction(1, 2)
 
 
+def test_the_forster_certificate_can_fail():
+    with pytest.raises(AssertionError):
+        load("forster_few_rows").certify(missing=0, largest=3)
+
+
+def test_the_minimiser_certificate_can_fail():
+    with pytest.raises(AssertionError):
+        load("theorem_2_minimiser").certify(shift=Fraction(0))
+
+
 @pytest.mark.parametrize("beside", [Fraction(1, 2), Fraction(2)])
 def test_the_inertia_certificate_can_fail(beside):
     inertia = load("tridiagonal_inertia")
