@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 # What says in about a minute whether the numbers still stand.
 NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py matrix_free.py dynamics.py infinite.py ledger.py)
 
-.PHONY: help book chapter lab check numerics test certify sync mutate clean
+.PHONY: help book chapter lab check numerics test certify sync mutate bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,9 @@ certify:  ## the findings that are shown in exact arithmetic; needs Python alone
 
 mutate: $(STAMP)  ## break formulas on purpose, one at a time, and see who notices (about an hour)
 	$(BIN)/python tests/mutate.py
+
+bench: $(STAMP)  ## time ngdcore beside other libraries, which are installed apart (half an hour)
+	$(BIN)/python benchmarks/peers.py
 
 sync: $(STAMP)  ## make the .ipynb beside each chapter from its .md
 	$(BIN)/python notebooks/sync.py

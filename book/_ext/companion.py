@@ -299,6 +299,12 @@ def device():
     return platform.machine() + " CPU"
 
 
+def peers(root):
+    """What `make bench` found last."""
+    path = Path(root) / "benchmarks" / "peers.json"
+    return json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+
+
 def build_report(app, executed):
     """What this build is: version, commit, scale, machine, seconds."""
     import torch
@@ -339,6 +345,7 @@ def gather(app, env):
         "claims": ledger(app.srcdir, executed, device()),
         "report": build_report(app, executed),
         "runs": kept_runs(app.srcdir),
+        "peers": peers(app.srcdir),
     }
     changed = any(now[key] != state.get(key) for key in now)
     state.update(now)
@@ -403,7 +410,8 @@ def fill(app, doctree, docname):
     def title(doc):
         return escape(env.titles[doc].astext()) if doc in env.titles else doc
 
-    view = View(state["claims"], state["report"], state["runs"], docname, uri, title)
+    known = (state[key] for key in ("claims", "report", "runs", "peers"))
+    view = View(*known, docname, uri, title)
     for node in list(doctree.findall(Deferred)):
         html = TABLES[node["table"]](view, node["ids"])
         node.replace_self(nodes.raw("", html, format="html"))

@@ -1,5 +1,5 @@
 """The tables of the ledger, as HTML: scoreboard, findings, the rows of some claims, the
-counts of the landing page, kept runs, and what this build was.
+counts of the landing page, kept runs, other libraries, and what this build was.
 
 Each is made from a `View`, when all chapters have been read."""
 
@@ -34,6 +34,7 @@ class View(NamedTuple):
     claims: dict[str, dict]  # by ID, as in claims.json
     report: dict  # what this build was
     runs: list[dict]  # the kept runs
+    peers: dict  # benchmarks/peers.json
     page: str
     uri: Callable  # of a page of the book; None where it has no such page
     title: Callable  # of a page of the book
@@ -421,7 +422,54 @@ def build_report(view, ids):
     )
 
 
+# --- Other libraries ------------------------------------------------------------------
+
+TASKS = {
+    "gram": "Gram matrix of the tangent kernel",
+    "step": "A step of exact natural gradient",
+    "kfac": "A step of K-FAC, with exact factors",
+    "analytic": "Infinitely wide ReLU network of three layers",
+}
+
+
+def peers(view, ids):
+    """A table a workload: each library's seconds, their ratio, error, memory."""
+    measured = view.peers
+    told = ", ".join(f"{k} {v}" for k, v in measured["versions"].items())
+    parts = [workload(name, w) for name, w in measured["workloads"].items()]
+    where = f"{measured['machine']}, one thread, {measured['date']}. {told}."
+    return f"<p>{escape(where)}</p>" + "".join(parts)
+
+
+def workload(name, work):
+    """One workload: what it is, who does it, who does not."""
+    found = work["libraries"]
+    ran = {lib: f for lib, f in found.items() if "seconds" in f}
+    ours = ran["ngdcore"]["seconds"]
+    rows = [
+        (
+            lib,
+            number(float(f"{f['seconds']:.3g}")),
+            number(float(f"{f['seconds'] / ours:.2g}")),
+            number(float(f"{f['error']:.1e}")),
+            f"{f['extra_mb']:.0f}",
+        )
+        for lib, f in sorted(ran.items(), key=lambda item: item[1]["seconds"])
+    ]
+    head = ("Library", "Seconds", "Times ngdcore's", "Error", "MB more")
+    size = "-".join(map(str, work.get("widths", []))) or "784 inputs"
+    dtype = work.get("dtype", "float32")
+    task, what = TASKS[work["kind"]], f"N = {work['n']}, {size}, {dtype}"
+    without = (f"{lib}: {escape(f['why'])}" for lib, f in found.items() if "why" in f)
+    return (
+        f'<h3 id="bench-{name}">{task}</h3><p>{what}</p>'
+        + table(head, rows, "peers")
+        + small(f"Not among them: {'; '.join(without)}.")
+    )
+
+
 TABLES = {
+    "peers": peers,
     "scoreboard": scoreboard,
     "findings": overview,
     "claims": claim_rows,
