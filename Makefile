@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 # What says in about a minute whether the numbers still stand.
 NUMERICS := $(addprefix tests/test_,factors.py signals.py fisher.py matrix_free.py dynamics.py infinite.py ledger.py)
 
-.PHONY: help book chapter lab check numerics test certify sync mutate bench clean
+.PHONY: help book chapter lab check numerics test certify sync mutate bench record clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,9 @@ mutate: $(STAMP)  ## break formulas on purpose, one at a time, and see who notic
 
 bench: $(STAMP)  ## time ngdcore beside other libraries, which are installed apart (half an hour)
 	$(BIN)/python benchmarks/peers.py
+
+record: $(STAMP)  ## run chapters at the papers' sizes, unless a run of this code is kept (hours)
+	$(BIN)/python -m ngdcore record --scale paper
 
 sync: $(STAMP)  ## make the .ipynb beside each chapter from its .md
 	$(BIN)/python notebooks/sync.py

@@ -27,6 +27,7 @@ WORKLOADS = {
     "step-1024": dict(kind="step", widths=[*THIN, 1], n=500),
     "step-1024-double": dict(kind="step", widths=[*THIN, 1], n=500, dtype="float64"),
     "kfac-2048": dict(kind="kfac", widths=[*MIDDLE, 1], n=1000),
+    "kfac-2048-double": dict(kind="kfac", widths=[*MIDDLE, 1], n=1000, dtype="float64"),
     "analytic-2000": dict(kind="analytic", n=2000),
     "analytic-2000-double": dict(kind="analytic", n=2000, dtype="float64"),
 }

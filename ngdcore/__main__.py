@@ -1,5 +1,6 @@
-"""``python -m ngdcore record [--scale paper] [chapter ...]``: run chapters at a scale
-and keep their results.
+"""``python -m ngdcore record [--scale paper] [--again] [chapter ...]``: run chapters at
+a scale and keep their results. What is kept for this code and these data is not run
+again.
 """
 
 import argparse
@@ -20,17 +21,7 @@ from .opening import SCALES
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and record the named chapters (all of them by default)."""
-    parser = argparse.ArgumentParser(prog="python -m ngdcore", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "record", help="execute chapters, keep what they give in data/recorded/"
-    )
-    command.add_argument("--scale", choices=SCALES, default="paper")
-    command.add_argument(
-        "chapters",
-        nargs="*",
-        help="names in notebooks/, such as 04_theorem_3 (default: all)",
-    )
+    parser = _parser()
     options = parser.parse_args(argv)
     root = Path(__file__).parent.parent
     if not (root / "notebooks").is_dir():
@@ -43,9 +34,52 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"no such chapter: {', '.join(unknown)}; there are {', '.join(known)}"
         )
-    for name in options.chapters or known:
+    names = options.chapters or known
+    todo = names if options.again else due(root, names, options.scale)
+    print(f"{len(todo)} of {len(names)} to run at scale {options.scale}", flush=True)
+    for name in todo:
         path = record_chapter(root, name, options.scale)
-        print(f"{name} at scale {options.scale}: {path}")
+        print(f"{name} at scale {options.scale}: {path}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """What the command line may say."""
+    parser = argparse.ArgumentParser(prog="python -m ngdcore", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "record", help="execute chapters, keep what they give in data/recorded/"
+    )
+    command.add_argument("--scale", choices=SCALES, default="paper")
+    command.add_argument(
+        "chapters",
+        nargs="*",
+        help="names in notebooks/, such as 04_theorem_3 (default: all)",
+    )
+    command.add_argument(
+        "--again", action="store_true", help="run also what is kept and up to date"
+    )
+    return parser
+
+
+def due(root: Path, names: list[str], scale: str) -> list[str]:
+    """Those chapters whose kept run, if there is one, is of another scale, code or
+    data, or of a CPU where a GPU is at hand; those that took longest come first.
+    """
+    jupytext = load("jupytext", "recording a chapter", "book")
+    todo = []
+    for name in names:
+        notebook = jupytext.read(root / "notebooks" / f"{name}.md", fmt="md:myst")
+        kept = _kept(root, name)
+        now, then = hashes(root, notebook), kept.get("hashes", {"code": None})
+        same = kept.get("scale") == scale and then.items() <= now.items()
+        if not same or (torch.cuda.is_available() and kept["device"] != _device()):
+            todo.append((-kept.get("seconds", 0.0), name))
+    return [name for _, name in sorted(todo)]
+
+
+def _kept(root: Path, name: str) -> dict:
+    path = root / "data" / "recorded" / f"{slug(name)}.json"
+    return json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
 
 
 def record_chapter(root: Path, name: str, scale: str) -> Path:
@@ -80,8 +114,8 @@ def record_chapter(root: Path, name: str, scale: str) -> Path:
 
 
 def hashes(root: Path, notebook: dict) -> dict[str, str]:
-    """Of what a kept run was made with: the chapter's code cells, and the package.
-    While both are the same the run is what the chapter would give now.
+    """Of what a kept run was made with: the chapter's code cells, the package and the
+    data that ship. While these are the same the run is what the chapter would give now.
 
     Examples
     --------
@@ -94,6 +128,8 @@ def hashes(root: Path, notebook: dict) -> dict[str, str]:
     cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
     files = [p.read_bytes() for p in sorted((root / "ngdcore").rglob("*.py"))]
     parts = {"code": [c.encode() for c in cells], "package": files}
+    sets = sorted((root / "data").glob("*/*.gz"))
+    parts["data"] = [path.read_bytes() for path in sets]
     return {name: _digest(part) for name, part in parts.items()}
 
 

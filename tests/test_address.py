@@ -12,6 +12,12 @@ from conftest import CHAPTERS, ROOT
 
 PEERS = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf8"))
 
+OTHERWISE = {  # conjugate gradients that stop; least squares that cut off
+    ("step-1024", "curvlinops"),
+    ("step-1024-double", "curvlinops"),
+    ("kfac-2048", "nngeometry"),
+}
+
 
 # --- Without a build ------------------------------------------------------------------
 
@@ -37,7 +43,7 @@ def test_each_library_agrees_with_the_dense_result():
     """Those that compute the same, do; what is left is rounding."""
     for name, work in PEERS["workloads"].items():
         for library, found in work["libraries"].items():
-            if "error" in found and library != "curvlinops":
+            if "error" in found and (name, library) not in OTHERWISE:
                 assert found["error"] < 2e-3, (name, library)
 
 
