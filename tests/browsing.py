@@ -111,6 +111,10 @@ AXE = r"""async dark => {
       .forEach(el => { el.textContent = el.textContent; });
   }
   set(dark ? "dark" : "light");
+  // A colour that is still fading into the other theme is neither's.
+  document.documentElement.offsetHeight;
+  document.getAnimations().filter(a => a instanceof CSSTransition)
+    .forEach(a => a.finish());
   const options = dark ? {runOnly: ["color-contrast"]} : {};
   const found = await axe.run({...options, resultTypes: ["violations"]});
   return found.violations
