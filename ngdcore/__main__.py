@@ -1,13 +1,15 @@
-"""``python -m ngdcore record [--scale paper] [--again] [chapter ...]``: run chapters at
-a scale and keep their results. What is kept for this code and these data is not run
-again.
+"""``python -m ngdcore record [--scale paper] [--again] [--list] [chapter ...]``: run
+chapters at a scale and keep their results. What is kept for this code and these data is
+not run again; what has no settings of its own at that scale is not run either.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
 import platform
+import re
 import time
 from datetime import date
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from .extras import load
 from .ledger import harvest, slug
-from .opening import SCALES
+from .opening import SCALES, device
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,12 +36,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"no such chapter: {', '.join(unknown)}; there are {', '.join(known)}"
         )
-    names = options.chapters or known
-    todo = names if options.again else due(root, names, options.scale)
-    print(f"{len(todo)} of {len(names)} to run at scale {options.scale}", flush=True)
-    for name in todo:
-        path = record_chapter(root, name, options.scale)
-        print(f"{name} at scale {options.scale}: {path}", flush=True)
+    scale, names = options.scale, options.chapters or known
+    sized = [name for name in names if has_scale(_read(root, name), scale)]
+    if without := [name for name in names if name not in sized]:
+        print(
+            f"no settings for scale {scale}, where they give what scale quick gives"
+            f" (--scale quick keeps that): {', '.join(without)}"
+        )
+    again = options.again
+    todo = dict.fromkeys(sized, "again") if again else due(root, sized, scale)
+    print(f"{len(todo)} of {len(sized)} to run at scale {scale}", flush=True)
+    for name, why in todo.items():
+        print(f"python -m ngdcore record --scale {scale} {name}  # {why}", flush=True)
+        if not options.list:
+            print(record_chapter(root, name, scale), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,23 +68,81 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--again", action="store_true", help="run also what is kept and up to date"
     )
+    command.add_argument(
+        "--list", action="store_true", help="say what would run, and why; run nothing"
+    )
     return parser
 
 
-def due(root: Path, names: list[str], scale: str) -> list[str]:
+def due(root: Path, names: list[str], scale: str) -> dict[str, str]:
     """Those chapters whose kept run, if there is one, is of another scale, code or
-    data, or of a CPU where a GPU is at hand; those that took longest come first.
+    data, or of a CPU where a GPU is at hand, each with that reason; those that took
+    longest come first.
     """
+    kept = {name: _kept(root, name) for name in names}
+    longest = sorted(names, key=lambda name: (-kept[name].get("seconds", 0.0), name))
+    reasons = {name: _reason(root, name, kept[name], scale) for name in longest}
+    return {name: why for name, why in reasons.items() if why}
+
+
+def _reason(root: Path, name: str, kept: dict, scale: str) -> str:
+    """Why a chapter whose kept run this is should run again; empty if it should not."""
+    if not kept:
+        return "no record"
+    if kept["scale"] != scale:
+        return f"the record is of scale {kept['scale']}"
+    if "hashes" not in kept:
+        return "the record does not say what it was made with"
+    if changed := changes(kept["hashes"], hashes(root, _read(root, name))):
+        return changed
+    other = device().type != "cpu" and kept["device"] != _device()
+    return f"the record is of {kept['device']}" if other else ""
+
+
+def changes(then: dict[str, str], now: dict[str, str]) -> str:
+    """What of a kept run's `hashes` is no longer so, in words.
+
+    Examples
+    --------
+    >>> changes({"code": "1", "package": "1"}, {"code": "2", "package": "2"})
+    'code and package changed'
+    >>> changes({"code": "1"}, {"code": "1", "data": "2"})
+    ''
+    """
+    changed = [name for name, hash_ in then.items() if now[name] != hash_]
+    return f"{' and '.join(changed)} changed" if changed else ""
+
+
+def has_scale(notebook: dict, scale: str) -> bool:
+    """Whether a chapter has settings of its own at a scale: whether one of its cells
+    gives them to ``ngd.chapter`` or ``ngd.opening.settings``. A chapter without runs
+    there as at the quick scale, which every chapter has.
+
+    Examples
+    --------
+    >>> opening = "ngd.chapter(quick=dict(n=1), paper=dict(n=2))"
+    >>> cell = {"cell_type": "code", "source": opening}
+    >>> has_scale({"cells": [cell]}, "paper"), has_scale({"cells": [cell]}, "smoke")
+    (True, False)
+    """
+    if scale == "quick":
+        return True
+    cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
+    python = (re.sub(r"(?m)^[%!].*", "", cell) for cell in cells if scale in cell)
+    calls = (
+        node
+        for cell in python
+        for node in ast.walk(ast.parse(cell))
+        if isinstance(node, ast.Call)
+    )
+    opened = (c for c in calls if ast.unparse(c.func).endswith(("chapter", "settings")))
+    return any(word.arg == scale for call in opened for word in call.keywords)
+
+
+def _read(root: Path, name: str) -> dict:
+    """A chapter as a notebook."""
     jupytext = load("jupytext", "recording a chapter", "book")
-    todo = []
-    for name in names:
-        notebook = jupytext.read(root / "notebooks" / f"{name}.md", fmt="md:myst")
-        kept = _kept(root, name)
-        now, then = hashes(root, notebook), kept.get("hashes", {"code": None})
-        same = kept.get("scale") == scale and then.items() <= now.items()
-        if not same or (torch.cuda.is_available() and kept["device"] != _device()):
-            todo.append((-kept.get("seconds", 0.0), name))
-    return [name for _, name in sorted(todo)]
+    return jupytext.read(root / "notebooks" / f"{name}.md", fmt="md:myst")
 
 
 def _kept(root: Path, name: str) -> dict:
@@ -86,11 +154,8 @@ def record_chapter(root: Path, name: str, scale: str) -> Path:
     """Execute one chapter and write its rows and saved values, with provenance; returns
     the file written. It is named without the chapter's number.
     """
-    jupytext, nbclient = (
-        load(module, "recording a chapter", "book")
-        for module in ("jupytext", "nbclient")
-    )
-    notebook = jupytext.read(root / "notebooks" / f"{name}.md", fmt="md:myst")
+    notebook = _read(root, name)
+    nbclient = load("nbclient", "recording a chapter", "book")
     made_with = hashes(root, notebook)
     environment = {**os.environ, "NGD_SCALE": scale, "PYTHONPATH": str(root)}
     start = time.perf_counter()
@@ -139,8 +204,9 @@ def _digest(parts: list[bytes]) -> str:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The device that chapters run on, by its own name."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name(device())
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
