@@ -8,6 +8,7 @@ from importlib import import_module
 
 from . import data, dense, dynamics, fisher, kernels, models, optim
 from .signals import signals
+from .sweeps import sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "fisher",
     "optim",
     "dynamics",
+    "sweep",
     "plotting",
     "opening",
     "chapter",

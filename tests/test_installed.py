@@ -116,6 +116,7 @@ def test_what_is_missing_names_its_extra(core):
         "ngd.data.mnist(n_train=20000)": ("pooch", "notebooks"),
         "ngd.data.cifar10()": ("pooch", "notebooks"),
         "next(ngd.optim.run(opt, x, x, 3, progress=True))": ("tqdm", "notebooks"),
+        "ngd.sweep(abs, {'x': [1]})": ("joblib", "notebooks"),
         "__main__.record_chapter(None, 'x', 'quick')": ("jupytext", "book"),
     }
     code = (
@@ -190,6 +191,7 @@ def test_importing_costs_what_torch_and_scipy_cost():
 def test_importing_loads_no_extra():
     """Beyond what torch itself loads where it finds it."""
     extras = ["matplotlib", "seaborn", "pandas", "plotly", "pooch", "tqdm", "yaml"]
+    extras += ["joblib", "threadpoolctl"]
     code = (
         "import torch, sys; before = set(sys.modules); import ngdcore\n"
         f"print(set({[*extras, 'scipy.integrate']}) & (set(sys.modules) - before))"
