@@ -147,30 +147,61 @@ def recorded(root):
     return [json.loads(path.read_text(encoding="utf8")) for path in files]
 
 
-def ledger(root, executed, device):
+def ledger(root, executed):
     """{ID: what claims.json says of it}, from the rows of {docname: rows} and of
     data/recorded.
     """
     from ngdcore.ledger import registry
 
-    live, chapters, paper = {}, {}, {}
+    live, pages = {}, {}
     for docname, rows in executed.items():
         for row in rows:
-            at = {"device": device if row["device"] == "cpu" else row["device"]}
+            at = {"device": hardware(row["device"]), "state": "yes"}
             live.setdefault(row["id"], []).append(row | at)
-            chapters.setdefault(row["id"], docname)
-    for run in recorded(root):
-        for row in run["rows"] if run["scale"] == "paper" else []:
-            at = {"device": run["device"]}
-            paper.setdefault(row["id"], []).append(row | at)
-    claims = registry()
+            pages.setdefault(row["id"], []).append(docname)
+    claims, kept = registry(), kept_rows(root)
     if unknown := sorted(set(live) - set(claims)):
         raise ValueError(f"recorded, but not in book/claims.yml: {', '.join(unknown)}")
+    larger = {doc: scaled(root, doc) for docs in pages.values() for doc in docs}
     return {
-        i: entry(claim, live.get(i, []), chapters.get(i), paper.get(i, []))
+        i: entry(claim, live.get(i, []), kept.get(i, []))
+        | {"chapter": pages[i][0] if i in pages else None}
+        | {"one_scale": i in pages and not any(larger[doc] for doc in pages[i])}
         | ({} if is_finding(claim) else relations(claims, i))
         for i, claim in claims.items()
     }
+
+
+def hardware(name):
+    """A device that torch names, as a reader knows it."""
+    import torch
+
+    if name == "cpu":
+        return platform.machine() + " CPU"
+    cuda = name.startswith("cuda") and torch.cuda.is_available()
+    return torch.cuda.get_device_name(name) if cuda else name
+
+
+def kept_rows(root):
+    """{ID: rows} of data/recorded, each with the device of its run, and whether that is
+    still what the code gives.
+    """
+    rows = {}
+    for run, known in zip(recorded(root), kept_runs(root)):
+        for row in run["rows"]:
+            at = {"device": run["device"], "state": known["state"]}
+            rows.setdefault(row["id"], []).append(row | at)
+    return rows
+
+
+def scaled(root, docname):
+    """Whether a page has settings of its own at the papers' scale."""
+    import jupytext
+
+    from ngdcore.__main__ import has_scale
+
+    page = Path(root) / f"{docname}.md"
+    return page.exists() and has_scale(jupytext.read(page, fmt="md:myst"), "paper")
 
 
 def is_finding(claim):
@@ -185,23 +216,50 @@ def relations(claims, name):
     }
 
 
-def entry(claim, rows, chapter, paper_rows):
-    """What claims.json says of one ID, but for what other IDs say of it."""
-    from ngdcore.ledger import finding, verdict
-
-    key, judge = ("standing", finding) if is_finding(claim) else ("verdict", verdict)
-    kept = {
-        key: judge(claim, paper_rows),
-        "devices": list(dict.fromkeys(row["device"] for row in paper_rows)),
-        "rows": [plain(row) for row in paper_rows],
-    }
+def entry(claim, rows, kept):
+    """What claims.json says of one ID, from its rows here and in kept runs, but for
+    what other IDs and the chapters say of it.
+    """
+    key, judge = judgement(claim)
+    large = [row for row in kept if row["scale"] == "paper"]
+    gpu = [r for r in kept + rows if r["scale"] != "smoke" and "CPU" not in r["device"]]
     return {
         **claim,
-        "chapter": chapter,
         key: judge(claim, rows),
         "rows": [plain(row) for row in rows],
-        "paper_scale": kept if paper_rows else None,
+        "paper_scale": elsewhere(claim, large, rows=[plain(row) for row in large]),
+        "on_gpu": elsewhere(claim, gpu, scales=distinct(gpu, "scale")),
     }
+
+
+def judgement(claim):
+    """What the rows of an ID decide, and how."""
+    from ngdcore.ledger import finding, verdict
+
+    return ("standing", finding) if is_finding(claim) else ("verdict", verdict)
+
+
+def elsewhere(claim, ran, **more):
+    """What rows of kept runs, or of a GPU, say of an ID, on which devices, and whether
+    the code still gives it; None without such rows.
+    """
+    if not ran:
+        return None
+    key, judge = judgement(claim)
+    states = distinct(ran, "state")
+    told = sorted(state for state in states if state.startswith("stale"))
+    unsure = "not known" if "not known" in states else "yes"
+    return {
+        key: judge(claim, ran),
+        "devices": distinct(ran, "device"),
+        "state": "; ".join(told) or unsure,
+        **more,
+    }
+
+
+def distinct(rows, key):
+    """The values that rows have there, each once, in their order."""
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def plain(row):
@@ -261,13 +319,13 @@ def state(root, page, run):
     """Whether a kept run was made with the code cells and the package of now."""
     import jupytext
 
-    from ngdcore.__main__ import hashes
+    from ngdcore.__main__ import changes, hashes
 
     if page is None or "hashes" not in run:
         return "not known"
     now = hashes(Path(root), jupytext.read(page, fmt="md:myst"))
-    changed = [name for name, hash_ in run["hashes"].items() if now[name] != hash_]
-    return f"stale: {' and '.join(changed)} changed" if changed else "yes"
+    changed = changes(run["hashes"], now)
+    return f"stale: {changed}" if changed else "yes"
 
 
 def slug(name):
@@ -342,7 +400,7 @@ def gather(app, env):
     state = kept(env)
     executed = dict(sorted(state["rows"].items()))
     now = {
-        "claims": ledger(app.srcdir, executed, device()),
+        "claims": ledger(app.srcdir, executed),
         "report": build_report(app, executed),
         "runs": kept_runs(app.srcdir),
         "peers": peers(app.srcdir),

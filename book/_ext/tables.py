@@ -90,8 +90,9 @@ def value(x):
     return f"{len(flat)} values, {number(min(flat))} to {number(max(flat))}"
 
 
-def badge(word):
-    return f'<span class="verdict verdict-{word.replace(" ", "-")}">{word}</span>'
+def badge(word, more=""):
+    kinds = f"verdict verdict-{word.replace(' ', '-')} {more}".strip()
+    return f'<span class="{kinds}">{word}</span>'
 
 
 def pending(claim):
@@ -148,13 +149,17 @@ def findings(view):
     return [c for c in view.claims.values() if "nature" in c]
 
 
+HEAD = ("Statement", "What it says", "Here", "At paper scale", "On a GPU", "Findings")
+NOT_YET, AS_HERE = "not yet", "as here"
+STATES = {"yes": "", "not known": "made with: not known"}
+
+
 def scoreboard(view, ids):
     """One row a statement, with the findings about it."""
-    head = ("Statement", "What it says", "Verdict", "Findings about it")
-    return "".join(
+    return where(view) + "".join(
         f'<h3 id="scoreboard-{paper}">{name}</h3>'
         + table(
-            head,
+            HEAD,
             [
                 scoreboard_row(view, claim)
                 for claim in statements(view)
@@ -176,17 +181,58 @@ def scoreboard_row(view, claim):
         f"used by {used}" * bool(used),
         f"computed in {runs}" * bool(runs),
     )
-    kept = claim["paper_scale"]
-    verdict = badge(claim["verdict"]) + pending(claim)
-    if kept:
-        where = escape(", ".join(kept["devices"]))
-        verdict += small(f"paper scale: {kept['verdict']}, on {where}")
+    here = badge(claim["verdict"]) + pending(claim)
     links = "".join(
         f'<div class="ngd-about">{view.place(c["id"])} {standing(c)}</div>'
         for c in about
     )
     place = f'<a href="#claim-{name}">{name}</a>' + small(escape(claim["at"]))
-    return attributes(view, claim, about), (place, says, verdict, links or "–")
+    cells = (place, says, here, kept(claim, "paper_scale"), kept(claim, "on_gpu"))
+    return attributes(view, claim, about), (*cells, links or "–")
+
+
+def standing_of(claim, key):
+    """A statement's verdict at paper scale (``"paper_scale"``) or ``"on_gpu"``; that it
+    is the one of this build where its chapters have one scale only; or not yet.
+    """
+    if claim[key]:
+        return claim[key]["verdict"]
+    single = key == "paper_scale" and claim["one_scale"]
+    return AS_HERE if single else NOT_YET
+
+
+def kept(claim, key):
+    """That verdict as a cell, with device, scale, and what has changed since."""
+    word, run = standing_of(claim, key), claim[key]
+    if not run:
+        return f'<span class="ngd-not-yet">{word}</span>'
+    scale = ", ".join(s for s in run.get("scales", []) if s != "paper")
+    return badge(word, "verdict-stale" * stale(claim, key)) + small(
+        escape(", ".join(run["devices"])),
+        f"{scale} scale" * bool(scale),
+        escape(STATES.get(run["state"], run["state"])),
+    )
+
+
+def stale(claim, key):
+    """Whether that verdict is of earlier code, package or data."""
+    return bool(claim[key]) and claim[key]["state"].startswith("stale")
+
+
+def where(view):
+    """What the columns of verdicts speak of, and how many statements have each."""
+    told, report = statements(view), view.report
+    large, gpu = ([c for c in told if c[k]] for k in ("paper_scale", "on_gpu"))
+    old = sum(stale(c, "paper_scale") for c in large)
+    single = sum(standing_of(c, "paper_scale") == AS_HERE for c in told)
+    names = dict.fromkeys(name for c in gpu for name in c["on_gpu"]["devices"])
+    gpus = f" ({escape(', '.join(names))})" if names else ""
+    return (
+        f"<p>Here: {report['scale']} scale, on {escape(report['device'])}."
+        f" At paper scale: {len(large)} of {len(told)} statements, {old} of them by"
+        f" runs of earlier code; for {single} more the chapter has one scale only."
+        f" On a GPU: {len(gpu)}{gpus}.</p>"
+    )
 
 
 def attributes(view, claim, about):
@@ -195,6 +241,9 @@ def attributes(view, claim, about):
         "paper": PAPERS.get(claim["paper"], claim["paper"]),
         "kind": claim["kind"],
         "verdict": claim["verdict"],
+        "large": standing_of(claim, "paper_scale")
+        + "|stale" * stale(claim, "paper_scale"),
+        "gpu": standing_of(claim, "on_gpu") + "|stale" * stale(claim, "on_gpu"),
         "nature": "|".join(dict.fromkeys(c["nature"] for c in about)),
         "weight": str(max((c["weight"] for c in about), default="")),
         "device": "|".join(devices(claim)),
@@ -205,10 +254,9 @@ def attributes(view, claim, about):
 
 def devices(claim):
     """Those that the rows of a claim ran on, here and in kept runs."""
-    kept = claim["paper_scale"] or {"devices": []}
-    return list(
-        dict.fromkeys([row["device"] for row in claim["rows"]] + kept["devices"])
-    )
+    runs = [claim[key] or {"devices": []} for key in ("paper_scale", "on_gpu")]
+    named = [row["device"] for row in claim["rows"]]
+    return list(dict.fromkeys(sum((run["devices"] for run in runs), named)))
 
 
 def chapter_links(view, claim):

@@ -5,7 +5,9 @@
   if (!tables.length) return;
   const rows = tables.flatMap(t => [...t.tBodies[0].rows]);
   const values = (row, key) => (row.dataset[key] || "").split("|").filter(Boolean);
-  const KEYS = ["paper", "kind", "verdict", "nature", "weight", "device"];
+  const KEYS = ["paper", "kind", "verdict", "large", "gpu", "nature", "weight", "device"];
+  const LABELS = { verdict: "verdict here", large: "at paper scale", gpu: "on a GPU",
+    nature: "finding's nature", weight: "finding's weight" };
   const WORST = ["open", "not reproduced", "false as printed", "not yet re-judged", "derived", "reproduced"];
   const make = (tag, text, parent) => {
     const el = document.createElement(tag);
@@ -29,7 +31,7 @@
   for (const key of KEYS) {
     const found = [...new Set(rows.flatMap(row => values(row, key)))];
     if (key === "weight") found.sort().reverse();
-    choice(key, key === "nature" ? "finding's nature" : key === "weight" ? "finding's weight" : key,
+    choice(key, LABELS[key] || key,
       [["", "all"], ...found.map(v => [v, v])]);
   }
   choice("order", "order", [["", "as in the paper"], ["verdict", "worst verdict first"],
