@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from copy import deepcopy
 
 import torch
 
@@ -27,9 +28,10 @@ def sweep(
     The points go through joblib: one after the other unless
     ``joblib.parallel_config(...)`` names workers, which may be threads, processes or
     those of a Dask cluster. What comes out is the same: every point has ``threads``
-    threads and the caller's default dtype and gradient mode wherever it runs, and the
-    order of the results is that of the grid. Seeds are arguments; a function that draws
-    from a global generator depends on who runs it.
+    threads, the caller's default dtype and gradient mode, and copies of the grid's
+    values, wherever it runs; the order of the results is that of the grid. Seeds are
+    arguments: a function that draws from a global generator, or leaves something behind
+    for its next call, depends on who runs it.
 
     A worker process that dies (killed, out of memory) takes no other point's result
     with it. What it may have been at runs again at the end, one point at a time.
@@ -98,7 +100,7 @@ def _at(index: int, function: Callable, point: dict, threads: int, dtype, grad: 
     load("threadpoolctl", "a sweep").threadpool_limits(threads)
     try:
         with torch.set_grad_enabled(grad):
-            return index, function(**point)
+            return index, function(**deepcopy(point))
     except Exception as error:
         error.add_note(f"at {_named(point)} of the sweep")
         raise
@@ -139,9 +141,10 @@ def _gather(tasks: list, found: dict, sent: set) -> None:
             sent.add(task[1][0])
             yield task
 
-    # Large arrays would reach other processes as files that cannot be written to.
+    # One point at a time, so that a death costs few; and large arrays as copies: else
+    # they would reach other processes as files that cannot be written to.
     parallel = load("joblib", "a sweep").Parallel(
-        return_as="generator_unordered", max_nbytes=None
+        return_as="generator_unordered", batch_size=1, max_nbytes=None
     )
     found.update(parallel(sending()))
 

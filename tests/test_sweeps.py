@@ -60,6 +60,15 @@ def abs_of(x):
     return abs(x)
 
 
+def test_points_share_nothing():
+    """What a function does to a value of the grid does not reach the next point."""
+
+    def emptied(x, k):
+        return k, x.pop()
+
+    assert ngd.sweep(emptied, dict(x=[[7]], k=[0, 1])) == [[(0, 7), (1, 7)]]
+
+
 def test_threads_and_processes_give_the_same_digits(tmp_path):
     """Also when a worker is killed midway: its points run again, what had come back
     does not.

@@ -350,11 +350,9 @@ def revision(root):
 
 
 def device():
-    import torch
+    from ngdcore.opening import device
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return platform.machine() + " CPU"
+    return hardware(str(device()))
 
 
 def peers(root):

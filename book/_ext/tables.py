@@ -151,7 +151,7 @@ def findings(view):
 
 HEAD = ("Statement", "What it says", "Here", "At paper scale", "On a GPU", "Findings")
 NOT_YET, AS_HERE = "not yet", "as here"
-STATES = {"yes": "", "not known": "made with: not known"}
+STATES = {"yes": "", "not known": "its code is not known"}
 
 
 def scoreboard(view, ids):
@@ -224,14 +224,15 @@ def where(view):
     told, report = statements(view), view.report
     large, gpu = ([c for c in told if c[k]] for k in ("paper_scale", "on_gpu"))
     old = sum(stale(c, "paper_scale") for c in large)
+    unsure = sum(c["paper_scale"]["state"] == "not known" for c in large)
     single = sum(standing_of(c, "paper_scale") == AS_HERE for c in told)
     names = dict.fromkeys(name for c in gpu for name in c["on_gpu"]["devices"])
     gpus = f" ({escape(', '.join(names))})" if names else ""
     return (
         f"<p>Here: {report['scale']} scale, on {escape(report['device'])}."
         f" At paper scale: {len(large)} of {len(told)} statements, {old} of them by"
-        f" runs of earlier code; for {single} more the chapter has one scale only."
-        f" On a GPU: {len(gpu)}{gpus}.</p>"
+        f" runs of earlier code and {unsure} by runs whose code is not known;"
+        f" {single} more have one scale only. On a GPU: {len(gpu)}{gpus}.</p>"
     )
 
 
