@@ -36,7 +36,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"no such chapter: {', '.join(unknown)}; there are {', '.join(known)}"
         )
-    scale, names = options.scale, options.chapters or known
+    if failed := _recorded(root, options.chapters or known, options):
+        parser.exit(1, f"failed, and nothing kept: {', '.join(failed)}\n")
+
+
+def _recorded(root: Path, names: list[str], options: argparse.Namespace) -> list[str]:
+    """Record what of these chapters is due, and say so; returns those that failed."""
+    scale = options.scale
     sized = [name for name in names if has_scale(_read(root, name), scale)]
     if without := [name for name in names if name not in sized]:
         print(
@@ -46,10 +52,12 @@ def main(argv: list[str] | None = None) -> None:
     again = options.again
     todo = dict.fromkeys(sized, "again") if again else due(root, sized, scale)
     print(f"{len(todo)} of {len(sized)} to run at scale {scale}", flush=True)
+    failed = []
     for name, why in todo.items():
         print(f"python -m ngdcore record --scale {scale} {name}  # {why}", flush=True)
-        if not options.list:
-            print(record_chapter(root, name, scale), flush=True)
+        if not options.list and not _tried(root, name, scale):
+            failed.append(name)
+    return failed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +80,17 @@ def _parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="say what would run, and why; run nothing"
     )
     return parser
+
+
+def _tried(root: Path, name: str, scale: str) -> bool:
+    """Record a chapter and say where; if it fails say why, and let the others run."""
+    errors = load("nbclient.exceptions", "recording a chapter", "book")
+    try:
+        print(record_chapter(root, name, scale), flush=True)
+    except (errors.CellControlSignal, errors.DeadKernelError) as error:
+        print(error, flush=True)
+        return False
+    return True
 
 
 def due(root: Path, names: list[str], scale: str) -> dict[str, str]:

@@ -105,6 +105,18 @@ def test_an_interrupted_recording_goes_on(book, monkeypatch):
     assert ran == ["01_short"] and left(book, "paper") == ["02_long"]
 
 
+def test_a_chapter_that_fails_stops_no_other(book, monkeypatch, capsys):
+    write(book, "01_short", SIZED + "\n1 / 0")
+    write(book, "02_long", SIZED)
+    monkeypatch.setattr(command, "__file__", str(book / "ngdcore" / "__main__.py"))
+    with pytest.raises(SystemExit) as status:
+        command.main(["record"])
+    said = capsys.readouterr()
+    assert status.value.code == 1 and "ZeroDivisionError" in said.out
+    assert "nothing kept: 01_short" in said.err
+    assert left(book, "paper") == ["01_short"]
+
+
 def test_what_is_kept_here_can_be_judged():
     """Every kept run answers whether it is due; nobody has to run one for that."""
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.md"))]
