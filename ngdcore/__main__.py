@@ -46,8 +46,8 @@ def _recorded(root: Path, names: list[str], options: argparse.Namespace) -> list
     sized = [name for name in names if has_scale(_read(root, name), scale)]
     if without := [name for name in names if name not in sized]:
         print(
-            f"no settings for scale {scale}, where they give what scale quick gives"
-            f" (--scale quick keeps that): {', '.join(without)}"
+            f"not run, having no settings for scale {scale}, where they would give what"
+            f" scale quick gives (to keep that: --scale quick): {', '.join(without)}"
         )
     again = options.again
     todo = dict.fromkeys(sized, "again") if again else due(root, sized, scale)

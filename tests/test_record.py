@@ -74,7 +74,7 @@ def test_the_command_runs_what_has_that_scale_and_says_what_has_not(
     write(book, "02_long", SIZED)
     kept = book / "data" / "recorded"
     said = says("01_short")
-    assert "no settings for scale paper" in said and ": 01_short" in said
+    assert "no settings for scale paper" in said and "): 01_short" in said
     assert "0 of 0 to run" in said and not kept.exists()
 
     listed = "python -m ngdcore record --scale paper 02_long  # no record"
