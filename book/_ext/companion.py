@@ -355,9 +355,9 @@ def device():
     return hardware(str(device()))
 
 
-def peers(root):
-    """What `make bench` found last."""
-    path = Path(root) / "benchmarks" / "peers.json"
+def benchmark(root, name):
+    """What a script in benchmarks/ found last."""
+    path = Path(root) / "benchmarks" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
 
 
@@ -401,7 +401,8 @@ def gather(app, env):
         "claims": ledger(app.srcdir, executed),
         "report": build_report(app, executed),
         "runs": kept_runs(app.srcdir),
-        "peers": peers(app.srcdir),
+        "peers": benchmark(app.srcdir, "peers"),
+        "scaling": benchmark(app.srcdir, "scaling"),
     }
     changed = any(now[key] != state.get(key) for key in now)
     state.update(now)
@@ -466,7 +467,7 @@ def fill(app, doctree, docname):
     def title(doc):
         return escape(env.titles[doc].astext()) if doc in env.titles else doc
 
-    known = (state[key] for key in ("claims", "report", "runs", "peers"))
+    known = (state[key] for key in ("claims", "report", "runs", "peers", "scaling"))
     view = View(*known, docname, uri, title)
     for node in list(doctree.findall(Deferred)):
         html = TABLES[node["table"]](view, node["ids"])

@@ -35,6 +35,7 @@ class View(NamedTuple):
     report: dict  # what this build was
     runs: list[dict]  # the kept runs
     peers: dict  # benchmarks/peers.json
+    scaling: dict  # benchmarks/scaling.json
     page: str
     uri: Callable  # of a page of the book; None where it has no such page
     title: Callable  # of a page of the book
@@ -517,8 +518,58 @@ def workload(name, work):
     )
 
 
+AXES = {"N": "samples", "M": "width", "L": "layers", "C": "outputs"}
+
+
+def scaling(view, ids):
+    """Measured exponents beside those of the operation counts."""
+    measured = view.scaling
+    head = ("", "From", "To", "Exponent", "Counted", "Seconds", "GFLOP/s", "MB more")
+    rows = [
+        (
+            f"{TASKS[row['task']]}, in {AXES[row['axis']]}",
+            *(f"{row[end]:,.0f}" for end in ("from", "to")),
+            f"{row['seconds']:.2f}",
+            f"{row['operations']:.2f}",
+            number(float(f"{row['largest_s']:.3g}")),
+            f"{row['gflops']:.0f}",
+            f"{row['largest_mb']:,.0f}",
+        )
+        for row in measured["exponents"]
+    ]
+    where = measured["where"]
+    told = (
+        f"{where['machine']}, one thread, {where['dtype']}, torch {where['torch']},"
+        f" {where['date']}; a product of two matrices ran at"
+        f" {max(p['rate'] for p in measured['points'].values()) / 1e9:.0f} GFLOP/s."
+    )
+    return f"<p>{escape(told)}</p>" + table(head, rows, "scaling")
+
+
+def precision(view, ids):
+    """Condition numbers, and what the two precisions make of them."""
+    head = ("Distance", "Condition", "float64, residual", "float32, residual")
+    head += ("float32, error",)
+    keys = ("double_residual", "single_residual", "single_error")
+    rows = [
+        (
+            *(number(float(f"{row[key]:.1e}")) for key in ("distance", "condition")),
+            *(
+                "no Cholesky factor"
+                if row[key] is None
+                else number(float(f"{row[key]:.0e}"))
+                for key in keys
+            ),
+        )
+        for row in view.scaling["precision"]
+    ]
+    return table(head, rows, "precision")
+
+
 TABLES = {
     "peers": peers,
+    "scaling": scaling,
+    "precision": precision,
     "scoreboard": scoreboard,
     "findings": overview,
     "claims": claim_rows,
