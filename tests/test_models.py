@@ -55,7 +55,10 @@ def test_before_and_after_give_the_velocity_of_the_map():
     """Against forward differentiation of the product."""
     W = [p.detach() for p in ngd.models.DeepLinear(WIDTHS, "glorot").parameters()]
     moves = [torch.randn_like(w) for w in W]
-    product = lambda *w: torch.linalg.multi_dot(w[::-1])
+
+    def product(*w):
+        return torch.linalg.multi_dot(w[::-1])
+
     expected = torch.func.jvp(product, tuple(W), tuple(moves))[1]
     A, B = ngd.models.before_and_after(W)
     found = sum(b @ m @ a for a, b, m in zip(A, B, moves))
