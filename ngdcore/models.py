@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ __all__ = [
     "MLP",
     "TwoLayerReLU",
     "DeepLinear",
+    "before_and_after",
     "Linear",
     "Erf",
     "ShiftedReLU",
@@ -317,9 +319,11 @@ class DeepLinear(nn.Sequential):
     ----------
     widths : sequence of int
         :math:`n_0, \dots, n_L`; ``[20] * 17`` has 16 weight matrices.
-    init : {"orthogonal", "gaussian"}
+    init : {"orthogonal", "gaussian", "glorot", "uniform"}
         ``"orthogonal"``: (semi-)orthogonal matrices, Haar distributed; ``"gaussian"``:
-        entries :math:`N(0, 1/n_{l-1})`.
+        entries :math:`N(0, 1/n_{l-1})`; ``"glorot"``: :math:`N(0, 2/(n_{l-1} + n_l))`;
+        ``"uniform"``: uniform on :math:`\pm 1/\sqrt{n_{l-1}}`, as ``torch.nn.Linear``
+        starts.
     gain : float
         Factor in front of every matrix.
     seed, dtype, device :
@@ -355,22 +359,13 @@ class DeepLinear(nn.Sequential):
         device: torch.device | str | None = None,
     ):
         widths = _check_widths(widths)
-        if init not in ("orthogonal", "gaussian"):
-            raise ValueError(
-                f"init={init!r} is unknown; use 'orthogonal' or 'gaussian'"
-            )
+        if init not in LAWS:
+            raise ValueError(f"init={init!r} is unknown; use one of {sorted(LAWS)}")
         super().__init__()
         generator = _generator(seed)
         for fan_in, fan_out in zip(widths, widths[1:]):
             layer = Linear(fan_in, fan_out, bias=False, dtype=dtype, device=device)
-            if init == "orthogonal":
-                weight = nn.init.orthogonal_(
-                    torch.empty(fan_out, fan_in, dtype=torch.float64),
-                    generator=generator,
-                )
-            else:
-                weight = _normal((fan_out, fan_in), generator) / math.sqrt(fan_in)
-            _fill(layer.weight, gain * weight)
+            _fill(layer.weight, gain * LAWS[init](fan_in, fan_out, generator))
             self.append(layer)
 
     def before(self, i: int) -> Float[Tensor, "n_in n_0"]:
@@ -406,6 +401,96 @@ class DeepLinear(nn.Sequential):
                 f"layer {i} does not exist; this net has {len(self)}, counted from 0"
             )
         return i % len(self)
+
+
+def _orthogonal(fan_in: int, fan_out: int, generator) -> Tensor:
+    return nn.init.orthogonal_(
+        torch.empty(fan_out, fan_in, dtype=torch.float64), generator=generator
+    )
+
+
+def _gaussian(fan_in: int, fan_out: int, generator) -> Tensor:
+    return _normal((fan_out, fan_in), generator) / math.sqrt(fan_in)
+
+
+def _glorot(fan_in: int, fan_out: int, generator) -> Tensor:
+    return math.sqrt(2 / (fan_in + fan_out)) * _normal((fan_out, fan_in), generator)
+
+
+def _uniform(fan_in: int, fan_out: int, generator) -> Tensor:
+    unit = torch.rand((fan_out, fan_in), generator=generator, dtype=torch.float64)
+    return (2 * unit - 1) / math.sqrt(fan_in)
+
+
+LAWS = {
+    "orthogonal": _orthogonal,
+    "gaussian": _gaussian,
+    "glorot": _glorot,
+    "uniform": _uniform,
+}
+
+
+def before_and_after(
+    weights: Sequence[Tensor | np.ndarray],
+) -> tuple[list[Tensor | np.ndarray], list[Tensor | np.ndarray]]:
+    r"""What a deep linear network does before and after each of its layers,
+    :math:`A_i = W_{i-1} \cdots W_1` and :math:`B_i = W_L \cdots W_{i+1}`: the map is
+    :math:`W = B_i W_i A_i` for every i.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor or of numpy.ndarray
+        :math:`W_1, \dots, W_L`, of shapes :math:`(n_i, n_{i-1})`: tensors that need no
+        network around them, as along a flow, and that derivatives may pass through. For
+        those of a network see `DeepLinear.before` and `DeepLinear.after`.
+
+    Returns
+    -------
+    A : list
+        :math:`A_i` of shape :math:`(n_{i-1}, n_0)`; :math:`A_1 = I`.
+    B : list
+        :math:`B_i` of shape :math:`(n_L, n_i)`; :math:`B_L = I`.
+
+    Raises
+    ------
+    ValueError
+        For no weights, or shapes that do not follow one another.
+
+    Notes
+    -----
+    Bernacchia, Lengyel & Hennequin (2018), eqs. 14-16; 2L - 2 products of matrices. The
+    loss has the negative gradient :math:`G_i = B_i^\top R \Sigma A_i^\top`, and the map
+    moves by :math:`\dot W = \sum_i B_i \dot W_i A_i`.
+
+    Examples
+    --------
+    >>> import torch, ngdcore as ngd
+    >>> W = [torch.ones(3, 2), torch.ones(4, 3), torch.ones(1, 4)]
+    >>> A, B = ngd.models.before_and_after(W)
+    >>> [tuple(a.shape) for a in A], [tuple(b.shape) for b in B]
+    ([(2, 2), (3, 2), (4, 2)], [(1, 3), (1, 4), (1, 1)])
+    >>> [(b @ w @ a).tolist() for a, b, w in zip(A, B, W)]
+    [[[12.0, 12.0]], [[12.0, 12.0]], [[12.0, 12.0]]]
+    """
+    shapes = [tuple(w.shape) for w in weights]
+    if not shapes or any(b[1:] != a[:1] for a, b in zip(shapes, shapes[1:])):
+        raise ValueError(
+            f"weights of shapes {shapes} do not follow one another; give W_1, ..., W_L,"
+            " of shapes (n_i, n_(i-1))"
+        )
+    A, B = [_identity(weights[0], 1)], [_identity(weights[-1], 0)]
+    for w in weights[:-1]:
+        A.append(w @ A[-1])
+    for w in weights[:0:-1]:
+        B.insert(0, B[0] @ w)
+    return A, B
+
+
+def _identity(w: Tensor | np.ndarray, side: int) -> Tensor | np.ndarray:
+    """The identity on one side of a matrix, of its kind."""
+    if isinstance(w, np.ndarray):
+        return np.eye(w.shape[side], dtype=w.dtype)
+    return torch.eye(w.shape[side], dtype=w.dtype, device=w.device)
 
 
 def activation_maker(activation) -> Callable[[], nn.Module]:

@@ -110,6 +110,23 @@ def test_synthetic():
     assert ngd.data.gaussian(2, 2, dtype=torch.float32).dtype == torch.float32
 
 
+def test_a_linear_teacher():
+    """The map, the spectrum and the noise that were asked for."""
+    W = torch.arange(12.0).reshape(3, 4)
+    d = ngd.data.linear_teacher(W, n_train=40_000, n_test=7, decay=2.0, noise=0.1)
+    assert d.x.shape == (40_000, 4) and d.y_test.shape == (7, 3)
+    found = torch.linalg.eigvalsh(d.x.T @ d.x / len(d.x)).flip(0)
+    said = torch.exp(-2.0 * torch.arange(1, 5) / 4).double()
+    assert torch.allclose(found, said, rtol=0.05)
+    off = d.y - d.x @ W.double().T
+    assert abs(float(off.std()) / 0.1 - 1) < 0.02
+    again = ngd.data.linear_teacher(W, 5, 7, seed=1, dtype=torch.float32)
+    assert again.y.dtype == torch.float32 and not torch.equal(again.x, d.x[:5].float())
+    for bad in (dict(W=W[0]), dict(n_test=0), dict(noise=-1.0)):
+        with pytest.raises(ValueError, match="must be a matrix"):
+            ngd.data.linear_teacher(**{"W": W, **bad})
+
+
 def test_refusals():
     for kwargs, says in (
         (dict(classes=(4,)), "classes"),

@@ -7,7 +7,7 @@ from .files import DataError
 from .forster import forster
 from .images import fashion_mnist, mnist
 from .rows import DataSet
-from .synthetic import gaussian, sphere
+from .synthetic import gaussian, linear_teacher, sphere
 
 __all__ = [
     "mnist",
@@ -15,6 +15,7 @@ __all__ = [
     "cifar10",
     "sphere",
     "gaussian",
+    "linear_teacher",
     "forster",
     "DataSet",
     "DataError",
