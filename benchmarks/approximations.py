@@ -412,44 +412,50 @@ def off(a, b, size):
     return round(float((a - b).norm() / size.norm()), 5)
 
 
+def trained(net, data, steps):
+    """What is left of the residual, step by step, under undamped K-FAC; and the test
+    outputs.
+    """
+    n, c = data.y.shape
+    width = net[0].out_features
+    rate = 1 / (n * min(1, width / (n * c)) + 1)
+    opt = ngd.optim.NaturalGradient(net, F.KFAC(), rate)
+    left = []
+    for _ in range(steps):
+        left.append(float((opt.step(data.x, data.y).outputs - data.y).norm()))
+    with torch.no_grad():
+        left.append(float((net(data.x) - data.y).norm()))
+        return [round(v / left[0], 6) for v in left], net(data.x_test)
+
+
 def ten_classes(data, W, width, seed, steps, n_own):
     """A network trained by K-FAC: what is left of the residual, and by how much it, and
     the regression in its own factors, miss the prediction; and the accuracies.
     """
-    n, c = data.y.shape
-    net = ngd.models.MLP([784, width, c], seed=seed)
+    net = ngd.models.MLP([784, width, data.y.shape[1]], seed=seed)
     with torch.no_grad():
         start, at_test = net(data.x), net(data.x_test)
     r = data.y - start
     own, own_y = own_regression(net, data.x, data.x_test[:n_own], [r, data.y])
     inf, inf_y = W @ r, (W @ data.y)[:n_own]
-    rate = 1 / (n * min(1, width / (n * c)) + 1)
-    opt = ngd.optim.NaturalGradient(net, F.KFAC(), rate)
-    left = [float((opt.step(data.x, data.y).outputs - data.y).norm())]
-    for _ in range(steps - 1):
-        left.append(float((opt.step(data.x, data.y).outputs - data.y).norm()))
-    with torch.no_grad():
-        left.append(float((net(data.x) - data.y).norm()))
-        end = net(data.x_test)
+    left, end = trained(net, data, steps)
     moved, labels = end - at_test, data.labels_test
 
     def right(f):
         return float((f.argmax(1) == labels[: len(f)]).double().mean())
 
+    accuracy = {"trained": end, "own": at_test[:n_own] + own}
+    accuracy["predicted"] = at_test + inf
     return {
         "width": width,
         "seed": seed,
-        "left": [round(v / left[0], 6) for v in left],
+        "left": left,
         "trained": off(moved, inf, inf),
         "along": round(float((moved * inf).sum() / inf.square().sum()), 5),
         "own": off(own, inf[:n_own], inf[:n_own]),
         "own, of the targets": off(own_y, inf_y, inf_y),
         "trained against own": off(moved[:n_own], own, own),
-        "accuracy": {
-            "trained": right(end),
-            "own": right(at_test[:n_own] + own),
-            "predicted": right(at_test + inf),
-        },
+        "accuracy": {name: right(f) for name, f in accuracy.items()},
     }
 
 
@@ -483,6 +489,19 @@ def empty(setup):
     }
 
 
+def known(setup):
+    """What an earlier run has found with this setup, or nothing yet."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found if found.get("setup") == setup else empty(setup)
+
+
+def keep(results):
+    """An interrupted write leaves no half a file behind."""
+    draft = RESULTS.with_suffix(".part")
+    draft.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+    os.replace(draft, RESULTS)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -491,20 +510,15 @@ def main():
     smoke = parser.parse_args().smoke
     torch.set_num_threads(1)
     setup = SMOKE if smoke else FULL
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not smoke else {}
-    if results.get("setup") != setup:
-        results = empty(setup)
+    results = empty(setup) if smoke else known(setup)
     before, start = results["seconds"], time.process_time()
 
     def say(*words):
-        """Something is found: keep it, and tell."""
+        """Something is found: tell it, and keep it."""
         results["seconds"] = round(before + time.process_time() - start, 1)
         print(f"{results['seconds']:8.1f} s ", *words, flush=True)
         if not smoke:
-            text = json.dumps(results, indent=1)
-            whole = RESULTS.with_suffix(".part")
-            whole.write_text(text + "\n", encoding="utf8")
-            os.replace(whole, RESULTS)
+            keep(results)
 
     rows, validation, test = digits(setup)
     if not results["steps"]:
