@@ -416,8 +416,8 @@ def save(**values) -> None:
 
 def recorded(chapter: str) -> dict | None:
     """The recorded run of a chapter (rows, saved values, device, versions, seconds), or
-    None if there is none yet. A chapter's number does not count: records keep when
-    chapters move.
+    what a script of benchmarks/ keeps under that name; None if there is none yet. A
+    chapter's number does not count: records keep when chapters move.
 
     Examples
     --------
@@ -426,8 +426,9 @@ def recorded(chapter: str) -> dict | None:
     """
     name = f"{slug(chapter)}.json"
     packaged = resources.files("ngdcore") / "_data" / "recorded" / name
-    checkout = Path(__file__).parent.parent / "data" / "recorded" / name
-    for path in (checkout, packaged):
+    checkout = Path(__file__).parent.parent
+    homes = checkout / "data" / "recorded", checkout / "benchmarks"
+    for path in (*(home / name for home in homes), packaged):
         if path.is_file():
             return json.loads(path.read_text(encoding="utf8"))
     return None
