@@ -211,14 +211,19 @@ def inverted(A, B, shift):
 
 
 def kfac_cosine(net, setting, steps, seed):
-    """As libraries have it: momentum .9, and a rate that goes down."""
+    """As libraries have it: momentum .9, a rate that goes down, and a direction that is
+    cut where its rate squared times its slope exceeds a bound.
+    """
     fisher, rates, last = KFAC(net, setting, seed), scheduled(setting, steps), []
 
     @torch.no_grad()
     def update(batch):
-        step = fisher.direction(batch)[2]
-        last[:] = [d + 0.9 * old for d, old in zip(step, last)] if last else step
+        _, G, step = fisher.direction(batch)
         rate = next(rates)
+        slope = -float(inner(G, step)) * rate**2
+        cut = min(1.0, (setting["bound"] / slope) ** 0.5) if slope > 0 else 1.0
+        old = last or [0.0] * len(step)
+        last[:] = [cut * d + 0.9 * p for d, p in zip(step, old)]
         fisher.add([rate * d for d in last])
 
     return update
@@ -280,7 +285,7 @@ PAPER = {
 }
 OTHERS = {
     "batch": LARGE,
-    "damping": (1e-4, 1.0),
+    "damping": (1e-3, 10.0),
     "1 - average": (0.02, 0.2),
     "refresh": (1, 20),
 }
@@ -288,7 +293,9 @@ METHODS = {
     "natural gradient": Method(natural, PAPER),
     "natural gradient, cosine": Method(natural_cosine, PAPER),
     "K-FAC, quadratic model": Method(kfac_model, OTHERS),
-    "K-FAC, momentum and cosine": Method(kfac_cosine, OTHERS | {"rate": (3e-3, 0.3)}),
+    "K-FAC, momentum and cosine": Method(
+        kfac_cosine, OTHERS | {"rate": (1e-2, 1.0), "bound": (1e-3, 1.0)}
+    ),
     "SGD": Method(sgd, {"batch": SMALL, "rate": (2e-3, 0.2)}),
     "SGD, Nesterov and cosine": Method(
         nesterov,
