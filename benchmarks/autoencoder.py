@@ -210,26 +210,7 @@ def inverted(A, B, shift):
     ]
 
 
-def kfac_cosine(net, setting, steps, seed):
-    """As libraries have it: momentum .9, a rate that goes down, and a direction that is
-    cut where its rate squared times its slope exceeds a bound.
-    """
-    fisher, rates, last = KFAC(net, setting, seed), scheduled(setting, steps), []
-
-    @torch.no_grad()
-    def update(batch):
-        _, G, step = fisher.direction(batch)
-        rate = next(rates)
-        slope = -float(inner(G, step)) * rate**2
-        cut = min(1.0, (setting["bound"] / slope) ** 0.5) if slope > 0 else 1.0
-        old = last or [0.0] * len(step)
-        last[:] = [cut * d + 0.9 * p for d, p in zip(step, old)]
-        fisher.add([rate * d for d in last])
-
-    return update
-
-
-def kfac_model(net, setting, steps, seed):
+def kfac(net, setting, steps, seed):
     """As its authors have it: rate and momentum of every update minimise the quadratic
     model of the batch's loss, and damping follows how well the model predicts it.
     """
@@ -283,7 +264,7 @@ PAPER = {
     "variance": (1.0, 1e4),
     "clip": (2e-6, 2e-2),
 }
-OTHERS = {
+AVERAGES = {
     "batch": LARGE,
     "damping": (1e-3, 10.0),
     "1 - average": (0.02, 0.2),
@@ -292,10 +273,7 @@ OTHERS = {
 METHODS = {
     "natural gradient": Method(natural, PAPER),
     "natural gradient, cosine": Method(natural_cosine, PAPER),
-    "K-FAC, quadratic model": Method(kfac_model, OTHERS),
-    "K-FAC, momentum and cosine": Method(
-        kfac_cosine, OTHERS | {"rate": (1e-2, 1.0), "bound": (1e-3, 1.0)}
-    ),
+    "K-FAC": Method(kfac, AVERAGES),
     "SGD": Method(sgd, {"batch": SMALL, "rate": (2e-3, 0.2)}),
     "SGD, Nesterov and cosine": Method(
         nesterov,
@@ -485,7 +463,8 @@ class Log:
         self.kept = {"trials": [], "runs": []}
         if path.exists():
             self.kept = json.loads(path.read_text(encoding="utf8"))
-            if self.kept["size"] != asdict(size):
+            more = {key: getattr(size, key) for key in ("trials", "seeds")}
+            if self.kept["size"] | more != asdict(size):
                 raise SystemExit(f"{path} is of another size: {self.kept['size']}")
         self.size = size
 
