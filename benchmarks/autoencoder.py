@@ -55,11 +55,11 @@ class Size:
     images: int = 60_000  # training images, of which the last are kept apart
     apart: int = 10_000
     tests: int = 10_000
-    trials: int = 12
+    trials: int = 8
     trial: int = 20_000  # examples
     full: int = 80_000
     seeds: int = 5
-    points: int = 20  # of a curve
+    points: int = 16  # of a curve
 
 
 # --- The methods ----------------------------------------------------------------------
@@ -553,8 +553,10 @@ def tune(log, names):
     """The trials of all methods. No test image is loaded here."""
     size = log.size
     images, apart = training_images(size)
-    for name in names:
-        for setting in design(METHODS[name].box, size):
+    points = {name: design(METHODS[name].box, size) for name in names}
+    for k in range(size.trials):
+        for name in names:
+            setting = points[name][k]
             if log.find("trials", name, setting, TRIAL_SEED) is None:
                 run = run_of(
                     name, setting, size.trial, TRIAL_SEED, images, apart, TRIAL_POINTS
@@ -573,9 +575,9 @@ def finish(log, names):
     """The chosen settings at full length; the test images where each of them ends."""
     size = log.size
     images, apart = training_images(size)
-    for name in names:
-        setting = chosen(log, name)
-        for seed in range(size.seeds):
+    settings = {name: chosen(log, name) for name in names}
+    for seed in range(size.seeds):
+        for name, setting in settings.items():
             if log.find("runs", name, setting, seed) is None:
                 net, run = run_of(
                     name, setting, size.full, seed, images, apart, size.points
