@@ -39,9 +39,7 @@ def events(monkeypatch):
 
 
 def test_goes_on_where_it_stopped_and_looks_at_the_end(events, monkeypatch, tmp_path):
-    path = tmp_path / "log.json"
-    words = [*TWO, "--log", str(path)]
-    add = bench.Log.add
+    path, add = tmp_path / "log.json", bench.Log.add
 
     def stops(log, kind, run):
         add(log, kind, run)
@@ -50,15 +48,15 @@ def test_goes_on_where_it_stopped_and_looks_at_the_end(events, monkeypatch, tmp_
 
     monkeypatch.setattr(bench.Log, "add", stops)
     with pytest.raises(KeyboardInterrupt):
-        bench.main(words, SMALL)
+        bench.main([*TWO, "--log", str(path)], SMALL)
     monkeypatch.setattr(bench.Log, "add", add)
-    bench.main(words, SMALL)
+    bench.main([*TWO, "--log", str(path)], SMALL)
     trials = [("sgd", 400), ("natural", 400)] * 2
     assert events[:4] == trials, "every trial once"
     ends = [("sgd", 800), "test images", ("natural", 800), "test images"] * 2
     assert events[4:] == ends, "the test images where the last runs end"
     written = path.read_text()
-    bench.main(words, SMALL)
+    bench.main([*TWO, "--log", str(path)], SMALL)
     assert len(events) == 12 and path.read_text() == written, "nothing is run again"
     kept = json.loads(written)
     for name in TWO:
@@ -66,30 +64,36 @@ def test_goes_on_where_it_stopped_and_looks_at_the_end(events, monkeypatch, tmp_
         assert len(mine) == SMALL.trials
         assert all(t["seen"] == 400 and "test" not in t for t in mine)
         best = min(mine, key=lambda t: t["validation"])["setting"]
-        ends = [r for r in kept["runs"] if r["method"] == name]
-        assert [r["seed"] for r in ends] == [0, 1]
-        assert all(r["setting"] == best and 0 < r["test"] < 0.1 for r in ends)
-    bench.main(["SGD", "--again", "--log", str(path)], SMALL)
-    assert events[12:14] == [("sgd", 400)] * 2
-    before = len(events)
-    more = dataclasses.replace(SMALL, trials=3)
-    bench.main(["SGD", "--log", str(path)], more)
-    assert events[before:].count(("sgd", 400)) == 1, "one trial more"
+        runs = [r for r in kept["runs"] if r["method"] == name]
+        assert [r["seed"] for r in runs] == [0, 1]
+        assert all(r["setting"] == best and 0 < r["test"] < 0.1 for r in runs)
+
+
+def test_more_trials_and_from_the_beginning(events, tmp_path):
+    words = ["SGD", "--log", str(tmp_path / "log.json")]
+    few = dataclasses.replace(SMALL, trials=1, seeds=1)
+    bench.main(words, few)
+    bench.main(words, dataclasses.replace(few, trials=2))
+    assert events.count(("sgd", 400)) == 2, "one trial more"
     with pytest.raises(SystemExit, match="another size"):
         bench.main(words, bench.Size())
+    before = len(events)
+    bench.main([*words, "--again"], few)
+    assert events[before:] == [("sgd", 400), ("sgd", 800), "test images"]
 
 
 def test_a_changed_method_is_run_again(events, monkeypatch, tmp_path):
     words = ["SGD", "--log", str(tmp_path / "log.json")]
-    bench.main(words, SMALL)
+    few = dataclasses.replace(SMALL, trials=1, seeds=1)
+    bench.main(words, few)
     now = bench.METHODS["SGD"]._replace(make=bench.nesterov)
     box = {**now.box, "1 - momentum": (0.1, 0.2)}
     monkeypatch.setitem(bench.METHODS, "SGD", now._replace(box=box))
     before = len(events)
-    bench.main(words, SMALL)
-    assert events[before:][:2] == [("nesterov", 400)] * 2
+    bench.main(words, few)
+    assert events[before:][:2] == [("nesterov", 400), ("nesterov", 800)]
     kept = json.loads((tmp_path / "log.json").read_text())
-    assert len(kept["trials"]) == len(kept["runs"]) == 2, "the old ones are gone"
+    assert len(kept["trials"]) == len(kept["runs"]) == 1, "the old ones are gone"
 
 
 def test_one_rule_draws_for_all():
