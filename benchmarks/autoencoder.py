@@ -123,18 +123,6 @@ def natural(net, setting, steps, seed):
     return lambda batch: optimizer.step(batch, batch)
 
 
-def natural_cosine(net, setting, steps, seed):
-    """The same with a step that goes down, which the rule for the damping follows."""
-    optimizer, updates = _natural(net, setting, seed), itertools.count()
-
-    def update(batch):
-        share = cosine(next(updates), steps)
-        optimizer.param_groups[0]["lr"] = share * setting["step"] / LAYERS
-        optimizer.step(batch, batch)
-
-    return update
-
-
 class KFAC:
     """Martens & Grosse (2015) on torch alone: running averages of the factors of all
     layers (one draw a sample), inverses refreshed every few updates, damping shared by
@@ -272,7 +260,6 @@ AVERAGES = {
 }
 METHODS = {
     "natural gradient": Method(natural, PAPER),
-    "natural gradient, cosine": Method(natural_cosine, PAPER),
     "K-FAC": Method(kfac, AVERAGES),
     "SGD": Method(sgd, {"batch": SMALL, "rate": (2e-3, 0.2)}),
     "SGD, Nesterov and cosine": Method(
@@ -459,7 +446,9 @@ class Log:
     """What has been run, in a file that holds it at any time."""
 
     def __init__(self, path, size):
+        # once: the script may be edited while it runs
         self.path, self.hashes = path, made_with()
+        self.codes = {name: code_of(name) for name in METHODS}
         self.kept = {"trials": [], "runs": []}
         if path.exists():
             self.kept = json.loads(path.read_text(encoding="utf8"))
@@ -472,11 +461,11 @@ class Log:
         """The run of this method's present code and setting, if there is one."""
         for run in self.kept[kind]:
             same = run["method"], run["setting"], run["seed"], run["code"]
-            if same == (name, setting, seed, code_of(name)):
+            if same == (name, setting, seed, self.codes[name]):
                 return run
 
     def add(self, kind, run):
-        self.kept[kind].append(run | {"code": code_of(run["method"])})
+        self.kept[kind].append(run | {"code": self.codes[run["method"]]})
         self.write()
         print(told(kind, run), flush=True)
 
@@ -486,7 +475,8 @@ class Log:
             self.kept[kind] = [
                 run
                 for run in self.kept[kind]
-                if run["method"] not in names and run["code"] == code_of(run["method"])
+                if run["method"] not in names
+                and run["code"] == self.codes.get(run["method"])
             ]
 
     def write(self):
@@ -531,8 +521,6 @@ def made_with():
 
 def code_of(name):
     """Sixteen digits that change with the function that makes a method's update."""
-    if name not in METHODS:
-        return None
     source = inspect.getsource(METHODS[name].make)
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
