@@ -447,15 +447,14 @@ class Log:
 
     def __init__(self, path, size):
         # once: the script may be edited while it runs
-        self.path, self.hashes = path, made_with()
+        self.path, self.now, self.size = path, made_with(), size
         self.codes = {name: code_of(name) for name in METHODS}
-        self.kept = {"trials": [], "runs": []}
+        self.kept, self.added = {"trials": [], "runs": []}, False
         if path.exists():
             self.kept = json.loads(path.read_text(encoding="utf8"))
             more = {key: getattr(size, key) for key in ("trials", "seeds")}
             if self.kept["size"] | more != asdict(size):
                 raise SystemExit(f"{path} is of another size: {self.kept['size']}")
-        self.size = size
 
     def find(self, kind, name, setting, seed):
         """The run of this method's present code and setting, if there is one."""
@@ -466,18 +465,29 @@ class Log:
 
     def add(self, kind, run):
         self.kept[kind].append(run | {"code": self.codes[run["method"]]})
+        self.added = True
         self.write()
         print(told(kind, run), flush=True)
 
     def drop(self, names):
         """Forget the runs of some methods, and those of code that is no more."""
+
+        def stays(run):
+            same = run["code"] == self.codes.get(run["method"])
+            return same and run["method"] not in names
+
         for kind in ("trials", "runs"):
-            self.kept[kind] = [
-                run
-                for run in self.kept[kind]
-                if run["method"] not in names
-                and run["code"] == self.codes.get(run["method"])
-            ]
+            self.kept[kind] = list(filter(stays, self.kept[kind]))
+        if not self.kept["trials"]:
+            self.kept.pop("hashes", None)
+
+    def hashes(self):
+        """Package and data are those of the oldest run; the script's functions are
+        those of now, or their runs are gone.
+        """
+        if "hashes" in self.kept:
+            return self.kept["hashes"] | {"code": self.now["code"]}
+        return self.now
 
     def write(self):
         lists = {kind: self.kept[kind] for kind in ("trials", "runs")}
@@ -492,11 +502,14 @@ class Log:
                 "torch": torch.__version__,
             },
             "date": date.today().isoformat(),
-            "hashes": self.hashes,
+            "hashes": self.hashes(),
             "size": asdict(self.size),
             "boxes": {name: method.box for name, method in METHODS.items()},
             "rows": [],
         }
+        if not self.added:  # where and when the last run was
+            for key in {"device", "versions", "date"} & set(self.kept):
+                about[key] = self.kept[key]
         draft = self.path.with_suffix(".part")
         draft.write_text(by_line(about | lists), encoding="utf8")
         draft.replace(self.path)
@@ -589,7 +602,7 @@ def main(words=None, size=Size()):
     log.drop(names if options.again else [])
     tune(log, names)
     finish(log, names)
-    log.write()
+    log.write()  # also where nothing was left to run: boxes and script may have changed
 
 
 if __name__ == "__main__":

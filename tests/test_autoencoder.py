@@ -69,17 +69,24 @@ def test_goes_on_where_it_stopped_and_looks_at_the_end(events, monkeypatch, tmp_
         assert all(r["setting"] == best and 0 < r["test"] < 0.1 for r in runs)
 
 
-def test_more_trials_and_from_the_beginning(events, tmp_path):
-    words = ["SGD", "--log", str(tmp_path / "log.json")]
+def test_more_trials_and_from_the_beginning(events, monkeypatch, tmp_path):
+    path = tmp_path / "log.json"
+    words = ["SGD", "--log", str(path)]
     few = dataclasses.replace(SMALL, trials=1, seeds=1)
     bench.main(words, few)
+    first = json.loads(path.read_text())["hashes"]
+    now = {"code": "new", "package": "new", "data": "new"}
+    monkeypatch.setattr(bench, "made_with", lambda: now)
     bench.main(words, dataclasses.replace(few, trials=2))
     assert events.count(("sgd", 400)) == 2, "one trial more"
+    kept = json.loads(path.read_text())["hashes"]
+    assert kept == first | {"code": "new"}, "as old as the oldest run"
     with pytest.raises(SystemExit, match="another size"):
         bench.main(words, bench.Size())
     before = len(events)
     bench.main([*words, "--again"], few)
     assert events[before:] == [("sgd", 400), ("sgd", 800), "test images"]
+    assert json.loads(path.read_text())["hashes"] == now
 
 
 def test_a_changed_method_is_run_again(events, monkeypatch, tmp_path):
