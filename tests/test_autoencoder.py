@@ -197,3 +197,19 @@ def test_the_quadratic_model_is_minimised():
     assert share == pytest.approx(float(slope / size), 1e-4)
     assert predicted == pytest.approx(float(slope**2 / size / 2), 1e-4)
     assert best >= predicted * (1 - 1e-6)
+
+
+def test_the_log_that_ships_is_of_this_script():
+    """Every method with as many trials, at the points that the rule draws, and its
+    long runs at the best of them.
+    """
+    size, kept = bench.Size(), json.loads(bench.LOG.read_text(encoding="utf8"))
+    assert kept["size"] == dataclasses.asdict(size)
+    for name, (_, box) in bench.METHODS.items():
+        trials = [t for t in kept["trials"] if t["method"] == name]
+        assert [t["setting"] for t in trials] == bench.design(box, size)
+        best = min(trials, key=lambda t: t["validation"])["setting"]
+        runs = [r for r in kept["runs"] if r["method"] == name]
+        assert [r["seed"] for r in runs] == list(range(size.seeds))
+        assert all(r["setting"] == best for r in runs)
+        assert {r["code"] for r in trials + runs} == {bench.code_of(name)}
