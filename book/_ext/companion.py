@@ -310,21 +310,28 @@ def kept_runs(root):
         runs.append(
             {key: run[key] for key in known}
             | {"date": run.get("date"), "state": state(root, page, run)}
+            | {"script": run.get("script")}
             | {"page": page and f"notebooks/{page.stem}"}
         )
     return runs
 
 
 def state(root, page, run):
-    """Whether a kept run was made with the code cells and the package of now."""
+    """Whether a kept run was made with the code cells (or the script) and the package
+    of now.
+    """
     import jupytext
 
     from ngdcore.__main__ import changes, hashes
 
     if page is None or "hashes" not in run:
         return "not known"
-    now = hashes(Path(root), jupytext.read(page, fmt="md:myst"))
-    changed = changes(run["hashes"], now)
+    if script := run.get("script"):
+        source = (Path(root) / script).read_text(encoding="utf8")
+        made_by = {"cells": [{"cell_type": "code", "source": source}]}
+    else:
+        made_by = jupytext.read(page, fmt="md:myst")
+    changed = changes(run["hashes"], hashes(Path(root), made_by))
     return f"stale: {changed}" if changed else "yes"
 
 

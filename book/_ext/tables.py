@@ -436,10 +436,10 @@ def kept_runs(view, ids):
 
     def line(run):
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        page, script = run["page"], run["script"] or ""
+        title = view.link(page, view.title(page)) if page else run["chapter"]
         return (
-            view.link(run["page"], view.title(run["page"]))
-            if run["page"]
-            else run["chapter"],
+            title + small(escape(script)),
             escape(run["device"]) + small(escape(versions)),
             f"{run['seconds']:.0f}",
             run["date"] or "not known",
