@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..factors import Factors, culprits, empirical
 from ..signals import Signals
+from ..signals import check_residual as fits
 from ..solve import Guard, Info, Inverse, edges_of_spectrum
 
 __all__ = ["Fisher", "OutputSide", "WeightSide"]
@@ -318,10 +319,10 @@ class OutputSide(Fisher):
 
         def step(g, out):
             weights = inverse(g.reshape(-1, 1))
-            if not isinstance(weights, Tensor):
-                still = torch.zeros_like(g)
-                weights = [still if w is None else w for w in weights]
-            return sig.vjp(weights, out)
+            if isinstance(weights, Tensor):
+                return sig.vjp(weights[:, 0], out)
+            still = torch.zeros_like(g)
+            return sig.vjp([still if w is None else w[:, 0] for w in weights], out)
 
         return step, inverse
 
@@ -443,23 +444,7 @@ def check_residual(sig: Signals, g: Tensor) -> Tensor:
         raise TypeError(
             "sig must come from ngdcore.signals(net, x), not " + type(sig).__name__
         )
-    like, size = sig.outputs, sig.n * sig.c
-    fits = g.ndim == 1 or g.shape[:2] == (sig.n, sig.c)
-    if (
-        g.dtype != like.dtype
-        or g.device != like.device
-        or g.numel() != size
-        or not fits
-    ):
-        raise ValueError(
-            f"g must be of shape (N, C) = {(sig.n, sig.c)} or ({size},), {like.dtype}"
-            f" on {like.device}, not {tuple(g.shape)}, {g.dtype} on {g.device}"
-        )
-    if not torch.isfinite(g).all():
-        raise ValueError(
-            "g holds NaN or infinity: the run has diverged or the loss is not defined"
-            " there"
-        )
+    fits("g", g, sig)
     return g.reshape(sig.n, sig.c)
 
 
