@@ -1121,6 +1121,15 @@ def test_signals_refuse_modes_without_autograd():
 def test_signals_refuse_misuse():
     module, x = ngd.models.MLP([3, 4, 2]), ngd.data.gaussian(2, 3)
     sig, one = ngd.signals(module, x), torch.ones(2, 2, 2, dtype=x.dtype)
+    with pytest.raises(ValueError, match="trained parameters"):
+        sig.jvp([torch.ones(3)])
+    for bad in (one[:1], one[:, :, :1], one.repeat(1, 2, 1), one[0]):
+        with pytest.raises(ValueError, match="R must"):
+            sig.weighted(bad)
+
+
+def test_signals_refuse_weights_of_other_shapes():
+    module, x = ngd.models.MLP([3, 4, 2]), ngd.data.gaussian(2, 3)
     wide = ngd.signals(module, ngd.data.gaussian(3, 3))
     for bad, says in (
         (torch.ones(3), "shape"),
@@ -1144,11 +1153,6 @@ def test_signals_refuse_misuse():
     narrow = ngd.kernels.empirical(wide.weighted(torch.ones(3, 1, 2, dtype=x.dtype)))
     with pytest.raises(ValueError, match="outputs a sample"):
         narrow.cross(x)
-    with pytest.raises(ValueError, match="trained parameters"):
-        sig.jvp([torch.ones(3)])
-    for bad in (one[:1], one[:, :, :1], one.repeat(1, 2, 1), one[0]):
-        with pytest.raises(ValueError, match="R must"):
-            sig.weighted(bad)
 
 
 # --------------------------------------------------------------------------- models

@@ -11,6 +11,8 @@ infinite width too; a `WeightSide` Fisher needs a network's signals. Each kind h
 method to write, `_inverse`: it factorises once, and returns what is then applied to as
 many residuals as there are."""
 
+from numbers import Integral, Real
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -423,6 +425,13 @@ def check_factors(factors) -> Factors:
     return factors
 
 
+def check_count(name: str, value, least: int) -> int:
+    """A whole number of at least ``least``."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    return int(value)
+
+
 def check_rank(rank: str) -> str:
     if rank not in ("raise", "pinv"):
         raise ValueError(f"rank={rank!r} is unknown; use 'raise' or 'pinv'")
@@ -449,7 +458,8 @@ def check_residual(sig: Signals, g: Tensor) -> Tensor:
 
 
 def check_damping(damping) -> float:
-    if not (damping >= 0 and damping < float("inf")):
+    number = isinstance(damping, Tensor) or isinstance(damping, Real)
+    if not (number and damping >= 0 and damping < float("inf")):
         raise ValueError(
             f"damping={damping} must be 0 or positive; it is added to the Fisher matrix"
         )
