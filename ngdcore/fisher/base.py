@@ -20,7 +20,7 @@ from torch import Tensor
 from ..factors import Factors, culprits, empirical
 from ..signals import Signals
 from ..signals import check_residual as fits
-from ..solve import Guard, Info, Inverse, edges_of_spectrum
+from ..solve import Guard, Info, Inverse, RankDeficient, edges_of_spectrum
 
 __all__ = ["Fisher", "OutputSide", "WeightSide"]
 
@@ -321,7 +321,11 @@ class OutputSide(Fisher):
 
         def step(g, out):
             weights = inverse(g.reshape(-1, 1))
-            if isinstance(weights, Tensor):
+            shared = isinstance(weights, Tensor)
+            parts = [weights] if shared else [w for w in weights if w is not None]
+            if not all(bool(torch.isfinite(w).all()) for w in parts):
+                raise RankDeficient("the step overflows: the (weighted) Gram is tiny")
+            if shared:
                 return sig.vjp(weights[:, 0], out)
             still = torch.zeros_like(g)
             return sig.vjp([still if w is None else w[:, 0] for w in weights], out)

@@ -492,7 +492,8 @@ class NaturalGradient(torch.optim.Optimizer):
                     f" optimizer was made with{'' if here else 'out'}: build both alike"
                 )
         here = self._described()
-        if extra.get("params", here) != here:
+        saved = extra.get("params", here)
+        if saved != here and len(saved) == len(here):  # torch counts groups
             raise ValueError(
                 f"state_dict was saved with param groups {extra['params']}, this"
                 f" optimizer has {here}: use the same network and groups"
