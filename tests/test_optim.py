@@ -1226,13 +1226,13 @@ def test_an_interrupted_step_leaves_no_trace():
 
         def loss(f, target):
             calls.append(weights(net))
-            if len(calls) == 2:
+            if not torch.equal(calls[-1], before):
                 raise KeyboardInterrupt
             return ngd.optim.half_mse(f, target)
 
         with pytest.raises(KeyboardInterrupt):
             opt.step(x, y, loss)
-        assert not torch.equal(calls[1], before) and torch.equal(weights(net), before)
+        assert not torch.equal(calls[-1], before) and torch.equal(weights(net), before)
         assert torch.equal(opt._generator.get_state(), drawn)
         assert opt.param_groups[0]["damping"] == 0.1 and opt.step(x, y).step == 0
 
