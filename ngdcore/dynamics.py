@@ -76,7 +76,8 @@ def trajectory(
     >>> ngd.dynamics.trajectory(Q, 0 * y, y, 0.5, [1, math.inf])[:, 0, 0].tolist()
     [0.5, 1.0]
     """
-    _check_shapes(Q, f0, y, Q_test)
+    _check_shapes(Q, f0, y, Q_test, f0_test)
+    _check_numbers(lr, Q=Q, f0=f0, y=y, Q_test=Q_test, f0_test=f0_test)
     times, r0 = _times(steps, lr), (f0 - y).reshape(-1)
     if torch.allclose(Q, Q.T, rtol=1e-9, atol=1e-12 * float(Q.abs().max())):
         values, vectors = torch.linalg.eigh((Q + Q.T) / 2)
@@ -92,8 +93,29 @@ def trajectory(
     return outputs, (start - sums @ Q_test.T).view(len(times), -1, y.shape[1])
 
 
-def _check_shapes(Q, f0, y, Q_test) -> None:
-    """Raise unless Q is (NC, NC), f0 and y (N, C), and Q_test, if given, (N'C, NC)."""
+def _check_numbers(lr, **tensors) -> None:
+    """Raise unless the tensors that are given are finite and of one dtype and device,
+    and lr is None or positive.
+    """
+    like = tensors["Q"]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, Q {like.dtype} on"
+                f" {like.device}; use {name}.to(Q)"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr} must be positive and finite, or None for the flow")
+
+
+def _check_shapes(Q, f0, y, Q_test, f0_test) -> None:
+    """Raise unless Q is (NC, NC), f0 and y (N, C), and Q_test, if given, (N'C, NC) and
+    f0_test (N', C).
+    """
     if f0.shape != y.shape or f0.ndim != 2 or Q.shape != (y.numel(), y.numel()):
         raise ValueError(
             "f0 and y must be (N, C) and Q (NC, NC), not"
@@ -104,6 +126,11 @@ def _check_shapes(Q, f0, y, Q_test) -> None:
     if Q_test.ndim != 2 or Q_test.shape[1] != len(Q) or len(Q_test) % y.shape[1]:
         raise ValueError(
             f"Q_test must be (N'C, NC) = (., {len(Q)}), not {tuple(Q_test.shape)}"
+        )
+    shape = len(Q_test) // y.shape[1], y.shape[1]
+    if f0_test is not None and tuple(f0_test.shape) != shape:
+        raise ValueError(
+            f"f0_test must be (N', C) = {shape}, not {tuple(f0_test.shape)}"
         )
 
 
@@ -296,10 +323,13 @@ def _check_ensemble(factors, y) -> None:
             "factors must be analytic, of infinitely wide networks; for one finite"
             " network see dynamics.trajectory"
         )
-    if y.ndim != 2 or len(y) != factors.columns:
+    if not isinstance(y, Tensor) or y.ndim != 2 or len(y) != factors.columns:
+        given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
-            f"y must be (N, C) with N = {factors.columns}, not {tuple(y.shape)}"
+            f"y must be a tensor (N, C) with N = {factors.columns}, not {given}"
         )
+    if not torch.isfinite(y).all():
+        raise ValueError("y holds NaN or infinity")
 
 
 def _coefficients(rows, fisher, damping):
@@ -405,7 +435,7 @@ def gd_lr(gram: Tensor, n: int) -> float:
     Raises
     ------
     ValueError
-        If ``gram`` is not square or has no positive eigenvalue.
+        If ``gram`` is not square, symmetric and finite, or has no positive eigenvalue.
 
     Examples
     --------
@@ -415,6 +445,14 @@ def gd_lr(gram: Tensor, n: int) -> float:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must be square, not {tuple(gram.shape)}")
+    if not (isinstance(n, Integral) and n >= 1):
+        raise ValueError(f"n={n} must be a whole number of samples, at least 1")
+    if not torch.isfinite(gram).all():
+        raise ValueError("gram holds NaN or infinity")
+    if not torch.allclose(
+        gram, gram.mT, rtol=1e-5, atol=1e-6 * float(gram.abs().max())
+    ):
+        raise ValueError("gram is not symmetric: is it a Gram matrix, K = J J^T?")
     values = torch.linalg.eigvalsh(gram)
     if not values[-1] > 0:
         raise ValueError(

@@ -392,10 +392,9 @@ class _Empirical(Factors):
         return f"<empirical factors: {size}, {self.depth} layers, {self.dtype}>"
 
     def cross(self, x):
-        if not isinstance(x, Signals):
-            return _Empirical(self.signals.at(x), self.signals, self)
-        self.signals.matches(x)
-        return _Empirical(x, self.signals, self)
+        sig = x if isinstance(x, Signals) else self.signals.at(x)
+        self.signals.matches(sig)
+        return _Empirical(sig, self.signals, self)
 
     def diagonal(self):
         self._must_be_square("diagonal()")

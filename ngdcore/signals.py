@@ -28,13 +28,14 @@ from .models import Linear
 __all__ = ["Signals", "signals"]
 
 CHUNK = 2**21  # numbers a layer swept back at once: memory is reused, not faulted in
-PROBE = 32  # rows that are run through the net once more, on their own
+PROBE = 16  # rows that are run through the net once more, on their own
 LOOSE = 1e-2  # another batch size rounds otherwise, and a jump may fall elsewhere
 SAMPLE = 2**14  # entries of a parameter that are remembered, against edits via .data
 PASSING = {
     module.forward
     for module in (nn.Linear, Linear, nn.Sequential, nn.Identity, nn.Flatten)
 }  # where nothing else is in a net, output-gradients are the same for every sample
+CONSTANTS = (bool, int, float, complex, str)  # settings of modules that are compared
 FREEZE = "freeze the layer: requires_grad_(False)"
 
 
@@ -87,6 +88,7 @@ class Signals:
     layers: list[nn.Linear]
     c: int
     linear: bool = False
+    trained: list[list[nn.Parameter]] = field(default_factory=list)
     marks: tuple | None = field(default=None)
     row: Tensor | None = field(default=None)
     sweep: Callable[[Tensor], list[Tensor]] | None = field(default=None)
@@ -108,7 +110,7 @@ class Signals:
         """A copy's weights lie elsewhere: new marks, unless they were stale."""
         vars(self).update(state)
         if self.marks is not None:
-            vars(self)["marks"] = _marks(_survey(self.net))
+            vars(self)["marks"] = _marks(_survey(self.net), self.marks[2])
 
     @property
     def n(self) -> int:
@@ -120,11 +122,7 @@ class Signals:
         """The trained parameters, in the order of `vjp`: layer by layer, the weight
         before the bias.
         """
-        return [
-            param
-            for layer, H in zip(self.layers, self.H)
-            for param, _ in _trained(layer, H)
-        ]
+        return [param for params in self.trained for param in params]
 
     @cached_property
     def D(self) -> list[Float[Tensor, "NC _M_out"]]:
@@ -182,6 +180,7 @@ class Signals:
             raise ValueError(
                 f"cotangents must be (N, k, C) = ({self.n}, k, {self.c}), not {shape}"
             )
+        _check_values("cotangents", cotangents, self.outputs)
         if "D" in vars(self):
             return [cotangents @ D.view(self.n, self.c, -1) for D in self.D]
         self.check()
@@ -228,12 +227,13 @@ class Signals:
         ``v`` as for `vjp`, whose result is these times the layers' inputs.
         """
         weights = [v] * len(self.H) if isinstance(v, Tensor) else list(v)
-        entries = self.n * self.c
-        if len(weights) != len(self.H) or any(w.numel() != entries for w in weights):
+        if len(weights) != len(self.H):
             raise ValueError(
-                f"v must hold N*C = {entries} entries, one tensor or one a layer "
-                f"({len(self.H)})"
+                f"v must be one tensor or one a trained layer ({len(self.H)}), not "
+                f"{len(weights)}"
             )
+        for w in weights:
+            check_residual("v", w, self)
         if isinstance(v, Tensor) and "D" not in vars(self):
             # one sweep of v is cheaper than all of D
             return [E[:, 0] for E in self.pull(v.reshape(self.n, 1, self.c))]
@@ -280,6 +280,7 @@ class Signals:
                 f"R must be (N, k, C) = ({self.n}, k, {self.c}) with k <= C, "
                 f"not {shape}"
             )
+        _check_values("R", R, self.outputs)
         through = partial(_through, self, R)
         return replace(self, c=shape[1], linear=False, row=None, sweep=through)
 
@@ -297,9 +298,10 @@ class Signals:
             Buffers to write to, shaped like the result.
         """
         result, slots = [], iter(out or [])
-        for layer, given in zip(self.layers, layers):
+        _check_buffers(out, self.params)
+        for params, given in zip(self.trained, layers):
             left, right = given if isinstance(given, tuple) else (None, given)
-            for param, columns in _trained(layer, right):
+            for param, columns in _split(params, right):
                 slot = next(slots, None)
                 target = torch.empty_like(param) if slot is None else slot
                 place = target.view(-1, columns.shape[1])
@@ -339,11 +341,13 @@ class Signals:
             raise ValueError(
                 f"direction must have the trained parameters' shapes {shapes}"
             )
+        for d in direction:
+            _check_like("direction", d, self.outputs)
         total, parts = self.outputs.new_zeros(self.n, self.c), iter(direction)
-        for layer, H, D in zip(self.layers, self.H, self.D):
+        for params, H, D in zip(self.trained, self.H, self.D):
             change = sum(
                 columns @ next(parts).reshape(-1, columns.shape[1]).T
-                for _, columns in _trained(layer, H)
+                for _, columns in _split(params, H)
             )
             total += torch.einsum("ncm,nm->nc", D.view(self.n, self.c, -1), change)
         return total
@@ -356,9 +360,9 @@ class Signals:
         return signals(self.net, x)
 
     def check(self) -> None:
-        """Raise a ValueError when the network's weights (or buffers) have changed since
-        these signals were taken, also by edits through ``.data`` (of which up to 16384
-        entries a parameter are compared).
+        """Raise a ValueError when the network's weights, buffers or settings have
+        changed since these signals were taken, also by edits through ``.data`` (which
+        show in a parameter's sum, or in the up to 16384 entries that are compared).
         """
         _check_mode()
         if not _same(self.marks, _marks(_survey(self.net))):
@@ -426,10 +430,11 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     Notes
     -----
     The first sweep of a net (and the first after its modules, their modes or its
-    trained set changed, and sweeps 2, 4, 8, ... of it) takes a little more. A few rows
-    are run on their own: the weights' gradient for random output weights, formed as
-    from H and D, is compared with autograd's own; and half of these rows must not
-    notice that the other half is overwritten.
+    trained set changed, and sweeps 2, 4, 8, ... of it) takes a little more. One
+    backward pass, or two, checks that output-gradients are each sample's own and linear
+    in what is pulled back. A few rows are run on their own: the weights' gradient for
+    random output weights, formed as from H and D, is compared with autograd's own; and
+    half of these rows must not notice that the other half is overwritten.
 
     Examples
     --------
@@ -439,25 +444,28 @@ def signals(net: nn.Module, x: Tensor, lazy: bool = False) -> Signals:
     >>> sig.outputs.shape, [h.shape[1] for h in sig.H], [d.shape[0] for d in sig.D]
     (torch.Size([3, 2]), [3, 4], [6, 6])
     """
-    parts = _survey(_unwrap(net))
+    parts = _survey(unwrap(net))
     layers = _trained_layers(parts)
     x = _check_inputs(parts, x)
-    outputs, inputs, edges = _forward(parts, layers, x)
+    x = x.clone() if lazy else x  # the sweep to come may read it
+    before = _settings(parts)
+    outputs, inputs, edges = run = _forward(parts, layers, x)
     linear = all(_keeps_gradients(module) for _, module in parts.modules)
     sig = Signals(
         parts.net,
-        outputs.detach(),
-        [_columns(layer, h, x) for layer, h in zip(layers, inputs)],
+        outputs.detach().clone(),
+        [_columns(layer, h) for layer, h in zip(layers, inputs)],
         list(layers),
         outputs.shape[1],
         linear,
-        _marks(parts),
+        [_trained(layer) for layer in layers],
+        _marks(parts, before),
         x[:1].clone() if linear else None,
         partial(_pull, outputs, edges, layers),
     )
     if not lazy:
         _ = sig.D
-    _verify(sig, parts, layers, x, inputs)
+    _verify(sig, parts, layers, x, run)
     return sig
 
 
@@ -494,7 +502,9 @@ def _forward(parts, names, x, copy=False) -> tuple[Tensor, list, list]:
         return _forward(parts, names, x, copy=True)
     _check_outputs(parts, outputs, x)
     inputs, _, edges = zip(*(taken[layer] for layer in names))
-    return outputs, [h.detach() for h in inputs], list(edges)
+    inputs = [h.detach() for h in inputs]
+    _check_finite("the input of", names, inputs, "what comes before")
+    return outputs, inputs, list(edges)
 
 
 @contextmanager
@@ -572,6 +582,9 @@ def _gradients(outputs, edges, names, v) -> tuple[Tensor, ...]:
             raise TypeError(
                 f"net's outputs do not depend on {name} (unused or detached); {FREEZE}"
             )
+    _check_finite(
+        "the gradient of net's outputs at", names, grads, "its pre-activation"
+    )
     return grads
 
 
@@ -580,9 +593,10 @@ def _through(sig: Signals, R: Tensor, cotangents: Tensor) -> list[Tensor]:
     return sig.pull(cotangents @ R)
 
 
-def _columns(layer, h: Float[Tensor, "N M"], x) -> Float[Tensor, "N M_in"]:
+def _columns(layer, h: Float[Tensor, "N M"]) -> Float[Tensor, "N M_in"]:
     """Inputs of a trained layer: scaled activations for a trained weight, one column
-    for a trained bias; never the caller's own memory, which may be used again.
+    for a trained bias; never memory of the caller's or the net's, which may be used
+    again.
     """
     scale, shift = _scales(layer)
     parts = []
@@ -591,16 +605,14 @@ def _columns(layer, h: Float[Tensor, "N M"], x) -> Float[Tensor, "N M_in"]:
     if layer.bias is not None and layer.bias.requires_grad:
         parts.append(h.new_full((h.shape[0], 1), shift))
     H = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    shared = H.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    return H.clone() if shared else H
+    return H.clone() if H is h else H
 
 
 def _keeps_gradients(module) -> bool:
     """Whether a module is one of those that make up linear nets."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return (
-        type(module).forward in PASSING and "forward" not in vars(module) and not hooks
-    )
+    kind, hooks = type(module), module._forward_hooks or module._forward_pre_hooks
+    plain = kind.forward in PASSING and kind.__call__ is nn.Module.__call__
+    return plain and "forward" not in vars(module) and not hooks
 
 
 def _scales(layer) -> tuple[float, float]:
@@ -610,13 +622,16 @@ def _scales(layer) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def _trained(layer, H) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Pairs (trained parameter, its columns of H)."""
-    split = layer.weight.shape[1] if layer.weight.requires_grad else 0
-    if split:
-        yield layer.weight, H[:, :split]
-    if H.shape[1] > split:
-        yield layer.bias, H[:, split:]
+def _trained(layer) -> list[nn.Parameter]:
+    """Those of a layer's weight and bias that are trained now."""
+    both = [layer.weight, layer.bias]
+    return [param for param in both if param is not None and param.requires_grad]
+
+
+def _split(params, H) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Pairs (trained parameter of a layer, its columns of H)."""
+    widths = [param.shape[1] if param.ndim == 2 else 1 for param in params]
+    return zip(params, H.split(widths, 1))
 
 
 # --------------------------------------------------------------------- the guards
@@ -635,7 +650,7 @@ def trained_layers(net: nn.Module) -> dict[nn.Linear, str]:
     """The trained layers of a net, with their dotted names; raises what `signals` would
     raise for its structure.
     """
-    return _trained_layers(_survey(_unwrap(net)))
+    return _trained_layers(_survey(unwrap(net)))
 
 
 def _survey(net) -> _Parts:
@@ -653,7 +668,7 @@ def _survey(net) -> _Parts:
     return _Parts(net, modules, params, buffers)
 
 
-def _unwrap(net) -> nn.Module:
+def unwrap(net) -> nn.Module:
     """The module inside torch.compile's or a data-parallel wrapper."""
     if not isinstance(net, nn.Module):
         raise TypeError(
@@ -791,6 +806,11 @@ def _span(name, tensor) -> tuple[int, int]:
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())
     )
+    if tensor.requires_grad and last + 1 < tensor.numel():
+        raise TypeError(
+            f"{name} is expanded: its entries are tied (they share memory); untie "
+            "them: clone it"
+        )
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
@@ -849,17 +869,68 @@ def _check_values(name, x, like) -> None:
             f"{name} of shape {tuple(x.shape)} is empty; it needs at least one row "
             "and one column"
         )
-    if like is not None and (x.dtype != like.dtype or x.device != like.device):
-        raise ValueError(
-            f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on "
-            f"{like.device}; use {name}.to(...)"
-        )
+    if like is not None:
+        _check_like(name, x, like)
     if not _finite(x):
         rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(
             f"{name} holds NaN or infinity in {len(rows)} row(s), the first of them "
             f"{rows[:5]}; remove those rows first"
         )
+
+
+def _check_like(name, x, like) -> None:
+    """Raise unless x has the dtype and device of ``like``, the network's."""
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, the network {like.dtype} on "
+            f"{like.device}; use {name}.to(...)"
+        )
+
+
+def _check_buffers(out, params) -> None:
+    """Raise unless ``out`` is None or shaped like the parameters."""
+    shapes = [tuple(param.shape) for param in params]
+    if out and [tuple(slot.shape) for slot in out] != shapes:
+        raise ValueError(
+            f"out must have the trained parameters' shapes {shapes}, or be left out"
+        )
+
+
+def check_residual(name, g, sig) -> None:
+    """Raise unless g is (N, C) or (NC,), of the signals' dtype and device."""
+    like, size = sig.outputs, sig.n * sig.c
+    if (
+        not isinstance(g, Tensor)
+        or (g.dtype, g.device) != (like.dtype, like.device)
+        or g.numel() != size
+        or not (g.ndim == 1 or g.shape[:2] == (sig.n, sig.c))
+    ):
+        given = type(g).__name__
+        if isinstance(g, Tensor):
+            given = f"{tuple(g.shape)}, {g.dtype} on {g.device}"
+        raise ValueError(
+            f"{name} must be of shape (N, C) = {(sig.n, sig.c)} or ({size},), "
+            f"{like.dtype} on {like.device}, not {given}"
+        )
+    if not _finite(g):
+        raise ValueError(
+            f"{name} holds NaN or infinity: the run has diverged or the loss is not "
+            "defined there"
+        )
+
+
+def _check_finite(what, names, tensors, where) -> None:
+    """Raise where a layer's tensor holds NaN or infinity: one look at them all."""
+    sums = torch.stack([tensor.sum() for tensor in tensors])
+    if torch.isfinite(sums).all():
+        return
+    for name, tensor in zip(names.values(), tensors):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{what} {name} holds NaN or infinity ({where} overflows, or meets a "
+                "root, a norm or a logarithm of 0): keep net's forward away from there"
+            )
 
 
 def _finite(x) -> bool:
@@ -894,9 +965,10 @@ def _check_outputs(parts, outputs, x) -> None:
     shape = type(outputs).__name__
     if isinstance(outputs, Tensor):
         shape = tuple(outputs.shape)
-    if len(shape) != 2 or shape[0] != x.shape[0] or outputs.dtype != x.dtype:
+    fits = isinstance(shape, tuple) and len(shape) == 2 and shape[0] == x.shape[0]
+    if not fits or not shape[1] or outputs.dtype != x.dtype:
         raise TypeError(
-            f"net(x) must be a tensor of shape (N, C) = ({x.shape[0]}, C) and of "
+            f"net(x) must be a tensor of shape (N, C) = ({x.shape[0]}, C >= 1) and of "
             f"{x.dtype}, not {shape}; wrap net so that it returns that"
         )
     if not outputs.requires_grad:
@@ -925,9 +997,10 @@ def _random_state(x) -> Tensor:
     return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
-def _marks(parts) -> tuple:
-    """Addresses and versions of all parameters and buffers, and some of their entries:
-    version counters do not see edits through ``.data``.
+def _marks(parts, steady=None) -> tuple:
+    """Addresses and versions of all parameters and buffers, their sums and some of
+    their entries: version counters do not see edits through ``.data``; and settings of
+    modules, but for those that were others in ``steady``: forwards may count.
     """
     tensors = [
         tensor.detach()
@@ -935,12 +1008,28 @@ def _marks(parts) -> tuple:
         if tensor.numel()
     ]
     entries = [
-        tensor.reshape(-1)[:: -(-tensor.numel() // SAMPLE)] for tensor in tensors
+        torch.cat([flat[:: -(-len(flat) // SAMPLE)], flat.sum()[None].to(flat)])
+        for flat in (tensor.reshape(-1) for tensor in tensors)
     ]
-    return (
-        [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors],
-        [e.clone() for e in entries],
-    )
+    where = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
+    settings = _settings(parts)
+    if steady is not None:
+        settings = {k: v for k, v in settings.items() if _equal(steady.get(k), v)}
+    return where, entries, settings
+
+
+def _settings(parts) -> dict:
+    """Modules' own constants, such as a slope, by module and name; not their mode."""
+    return {
+        (name, key): value
+        for name, module in parts.modules
+        for key, value in vars(module).items()
+        if type(value) in CONSTANTS and key != "training"
+    }
+
+
+def _equal(a, b) -> bool:
+    return a is b or a == b  # NaN is itself
 
 
 def _same(marks, others) -> bool:
@@ -952,6 +1041,7 @@ def _same(marks, others) -> bool:
             torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
             for a, b in zip(marks[1], others[1])
         )
+        and all(_equal(others[2].get(k, v), v) for k, v in marks[2].items())
     )
 
 
@@ -961,8 +1051,8 @@ _verified = WeakKeyDictionary()  # net: what its last verified sweeps looked lik
 
 
 def _facts(sig, parts) -> tuple:
-    """What a verdict holds for: the modules, their modes, hooks and forwards, and which
-    tensors are trained.
+    """What a verdict holds for: the modules, their modes, settings, hooks and forwards,
+    and which tensors are trained.
     """
     modules = tuple(
         (
@@ -982,14 +1072,16 @@ def _facts(sig, parts) -> tuple:
         )
         for _, tensor in (*parts.params, *parts.buffers)
     )
-    return modules, tensors, sig.c, sig.outputs.dtype, sig.outputs.device
+    like = sig.outputs
+    return modules, _settings(parts), tensors, sig.c, like.dtype, like.device
 
 
-def _verify(sig, parts, names, x, inputs) -> None:
-    """Compare what a few rows say on their own, where these facts are new or were seen
-    1, 3, 7, ... times before: with autograd's gradient, with the same rows in other
-    company, and with the whole batch; raise where they differ. A layer whose gradient
-    is zero is not verified by that.
+def _verify(sig, parts, names, x, whole) -> None:
+    """Compare what the signals say, where these facts are new or were seen 1, 3, 7, ...
+    times before: the whole batch's output-gradients with those of its samples weighted
+    apart; and of a few rows, run again, the weights' gradient with autograd's, and
+    inputs and outputs with those of the whole batch and in other company. Raises where
+    they differ. A layer whose gradient is zero is not verified by that.
     """
     seen, alone = _verified.setdefault(sig.net, {}), sig.n == 1
     facts, (known, sweeps) = _facts(sig, parts), seen.get(alone, (None, 0))
@@ -997,27 +1089,71 @@ def _verify(sig, parts, names, x, inputs) -> None:
     if sweeps & (sweeps - 1) == 0:
         seen.pop(alone, None)
         generator = torch.Generator().manual_seed(sig.n)
+        _compare_mixtures(sig, names, whole, generator)
         rows = torch.randperm(sig.n, generator=generator)[:PROBE].to(x.device)
         run = outputs, few, _ = _forward_alone(parts, names, x[rows])
-        sound = _compare_gradients(sig, names, run, x, generator)
-        whole = [*inputs, sig.outputs]
-        _compare(names, [*few, outputs.detach()], [t[rows] for t in whole], LOOSE)
-        _compare_company(parts, names, x[rows], [*few, outputs.detach()])
+        sound = _compare_gradients(sig, names, run, generator)
+        found = [t[rows] for t in (*whole[1], sig.outputs)]
+        few = [*few, outputs.detach()]
+        _compare(names, few, found, LOOSE)
+        half = (len(rows) + 1) // 2
+        for kept in slice(0, half), slice(half, len(rows)):
+            _compare_company(parts, names, x[rows], kept, few)
         sweeps = sweeps if sound else 0
     seen[alone] = facts, sweeps
 
 
-def _compare_company(parts, names, few, found) -> None:
-    """Raise when the first half of these rows gives other layer inputs or outputs than
-    it was ``found`` to, as soon as the second half is overwritten. The batch keeps its
-    size, hence its rounding.
+def _compare_mixtures(sig, names, run, generator) -> None:
+    """Raise unless output-gradients are each sample's own, and linear in what is pulled
+    back: weights in front of samples, powers of two from tiny to huge, must come out
+    unchanged; and unless D is made of them.
     """
-    half = (len(few) + 1) // 2
-    other = torch.cat([few[:half], few[: len(few) - half]])
+    outputs, _, edges = run
+    a = _powers(outputs, torch.rand(sig.n, 1, generator=generator))
+    z = torch.randn(sig.c, generator=generator, dtype=torch.float64).to(outputs)
+    formed = sig.pull(z.expand(sig.n, 1, sig.c))
+    own = [E[:, 0] for E in formed]
+    if sig.c > 1 and "D" in vars(sig):
+        own = _gradients(outputs, edges, names, z.expand(sig.n, sig.c))
+    mixed = _gradients(outputs, edges, names, a * z)
+    for l, (name, E, M) in enumerate(zip(names.values(), own, mixed)):
+        scale = sig.D[l].norm() if "D" in vars(sig) else 0.0
+        if not _close(M / a, E) or not _close(formed[l][:, 0], E, scale):
+            raise _mixing(name)
+        if sig.linear and not _close(E, E[:1].expand_as(E)):
+            raise TypeError(
+                f"{name} has other output-gradients at other samples, though net "
+                "consists of linear layers: a global hook? remove it"
+            )
+
+
+def _powers(like, share) -> Tensor:
+    """Powers of two, from tiny (share 0) to huge (1), which round nothing."""
+    span = 20 if torch.finfo(like.dtype).max > 1e30 else 3
+    return (2.0 ** (2 * span * share.double() - span).round()).to(like)
+
+
+def _mixing(name) -> TypeError:
+    """The error for output-gradients that are not each sample's own."""
+    return TypeError(
+        f"samples see one another after {name} (its output-gradients mix them), or "
+        "net's forward changes gradients (clips, rounds or scales them); use no "
+        "statistics over the batch, no gradient hooks and one dtype"
+    )
+
+
+def _compare_company(parts, names, few, kept: slice, found) -> None:
+    """Raise when the kept half of these rows gives other layer inputs or outputs than
+    it was ``found`` to, as soon as the other half is overwritten. Rows keep their
+    places and the batch its size, hence its rounding.
+    """
+    places = torch.arange(len(few), device=few.device)
+    inside = places.clamp(kept.start, kept.stop - 1)
+    other = few[torch.where(places == inside, places, kept.start)]
     with torch.random.fork_rng([few.device] if few.is_cuda else []):
         outputs, again, _ = _forward(parts, names, other)
     again = [*again, outputs.detach()]
-    _compare(names, [t[:half] for t in again], [t[:half] for t in found])
+    _compare(names, [t[kept] for t in again], [t[kept] for t in found])
 
 
 def _compare(names, again, found, tolerance=None) -> None:
@@ -1027,36 +1163,35 @@ def _compare(names, again, found, tolerance=None) -> None:
         if not _close(a, b, tolerance=tolerance):
             raise TypeError(
                 f"the {name} change with other rows of the batch, or from run to run: "
-                "samples see one another, or the forward is random or keeps state; put "
-                "net into eval mode, normalise each sample by itself"
+                "samples see one another, or the forward is random, keeps state or "
+                "writes through .data; put net into eval mode, normalise each sample "
+                "by itself"
             )
 
 
-def _compare_gradients(sig, names, run, x, generator) -> bool:
-    """Raise when the gradient of sum a_n z_c f_nc over the rows of a run, formed from
-    their layer inputs and output-gradients, is not autograd's; returns whether every
-    layer has a gradient there.
+def _compare_gradients(sig, names, run, generator) -> bool:
+    """Raise when output-gradients at the rows of a run are not linear in what is pulled
+    back, or the gradient of sum a_n z_c f_nc, formed from them and the layers' inputs,
+    is not autograd's; returns whether every layer has a gradient there.
     """
     outputs, inputs, edges = run
     sizes = len(outputs), sig.c
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     a, z = (draw(size).to(sig.outputs) for size in sizes)
     pulled = _gradients(outputs, edges, names, z.expand(sizes))
+    for share in (0.0, 1.0):
+        size = _powers(outputs, torch.tensor(share))
+        scaled = _gradients(outputs, edges, names, (size * z).expand(sizes))
+        for name, E, S in zip(names.values(), pulled, scaled):
+            if not _close(S / size, E):
+                raise _mixing(name)
     with torch.enable_grad():
         target = (outputs * a[:, None] * z).sum()
-    grads = torch.autograd.grad(
-        target, [*edges, *sig.params], retain_graph=True, allow_unused=True
-    )
-    own = iter(grads[len(edges) :])
-    for (layer, name), h, E, mixed in zip(names.items(), inputs, pulled, grads):
+    grad = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+    own = iter(grad(target, sig.params))
+    for (layer, name), h, E in zip(names.items(), inputs, pulled):
         E = a[:, None] * E
-        if not _close(E, mixed):
-            raise TypeError(
-                f"samples see one another after {name} (its output-gradients mix "
-                "them), or net's forward changes gradients; use no statistics over "
-                "the batch"
-            )
-        for param, columns in _trained(layer, _columns(layer, h, x)):
+        for param, columns in _split(_trained(layer), _columns(layer, h)):
             side = torch.randn(columns.shape[1], generator=generator).to(columns)
             if not _heard(next(own), E, columns @ side, side):
                 part = "weight" if param is layer.weight else "bias"
@@ -1070,8 +1205,8 @@ def _compare_gradients(sig, names, run, x, generator) -> bool:
 
 def _forward_alone(parts, names, few) -> tuple[Tensor, list, list]:
     """`_forward` of a few rows, which must not need the others."""
-    try:
-        return _forward(parts, names, few)
+    try:  # layers get copies: were their inputs overwritten, the next run would differ
+        return _forward(parts, names, few, copy=True)
     except (RuntimeError, IndexError) as error:
         raise TypeError(
             f"net fails on {len(few)} rows of x on their own; samples must be "

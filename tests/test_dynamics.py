@@ -250,8 +250,6 @@ def test_dynamics_refuse():
     Q, y = torch.eye(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
     trajectory, inf = ngd.dynamics.trajectory, math.inf
     skew = Q + torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    fac = ngd.kernels.analytic(Q, 2)
-    finite = ngd.kernels.empirical(ngd.signals(ngd.models.MLP([2, 3, 1]), Q))
     for make, error, says in (
         (lambda: trajectory(Q, y, y[:1], 1.0, 1), ValueError, "f0 and y"),
         (lambda: trajectory(Q, y, y, 1.0, -2), ValueError, "steps"),
@@ -265,6 +263,27 @@ def test_dynamics_refuse():
         (lambda: trajectory(-Q, y, y, None, inf), ValueError, "no limit"),
         (lambda: trajectory(skew, y, y, 2.5, [inf]), ValueError, "no limit"),
         (lambda: trajectory(Q, y, y, 1.0, 1, Q[:, :1]), ValueError, "Q_test"),
+        (lambda: trajectory(Q, y, y, 1.0, 1, Q, y[:1]), ValueError, "f0_test"),
+        (lambda: trajectory(Q * math.nan, y, y, 1.0, 1), ValueError, "Q holds NaN"),
+        (lambda: trajectory(Q, y.float(), y, 1.0, 1), ValueError, "f0 is"),
+        (lambda: trajectory(Q, y, y, -1.0, 1), ValueError, "lr=-1"),
+        (lambda: trajectory(Q, y, y, math.nan, 1), ValueError, "lr=nan"),
+    ):
+        with pytest.raises(error, match=says):
+            make()
+
+
+def test_predictions_and_rates_refuse():
+    Q, y = torch.eye(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    skew = Q + torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    fac = ngd.kernels.analytic(Q, 2)
+    finite = ngd.kernels.empirical(ngd.signals(ngd.models.MLP([2, 3, 1]), Q))
+    for make, error, says in (
+        (lambda: ngd.dynamics.predict(fac, y * math.nan), ValueError, "y holds NaN"),
+        (lambda: ngd.dynamics.predict(fac, y.tolist()), ValueError, "tensor"),
+        (lambda: ngd.dynamics.gd_lr(skew, 2), ValueError, "symmetric"),
+        (lambda: ngd.dynamics.gd_lr(Q, 0), ValueError, "n=0"),
+        (lambda: ngd.dynamics.gd_lr(Q * math.nan, 2), ValueError, "NaN"),
         (lambda: ngd.dynamics.gd_lr(Q[:1], 1), ValueError, "square"),
         (lambda: ngd.dynamics.gd_lr(0 * Q, 1), ValueError, "positive"),
         (lambda: ngd.dynamics.predict(fac, y[:1]), ValueError, "N = 2"),

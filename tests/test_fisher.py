@@ -740,6 +740,8 @@ def test_many_samples_become_exact():
 def test_sampled_kfac_refuses():
     for bad in (
         dict(samples=0),
+        dict(samples=2.5),
+        dict(seed=1.5),
         dict(variance=0.0),
         dict(variance=float("inf")),
         dict(model="poisson"),

@@ -529,6 +529,7 @@ def test_what_has_no_series_is_refused():
     for phi, scale, says in (
         (nn.ELU(), 1.0, "not smooth enough.*Dual of your own"),
         ("tanh", 100.0, "not smooth enough.*smaller inputs"),
+        (lambda u: u.tanh() + (-(1e6 * (u - 1) ** 2)).exp(), 1.0, "too narrow"),
         (lambda u: u * float("nan"), 1.0, "NaN or infinity"),
         (lambda u: torch.exp(9 * u), 1.0, "not smooth enough|grows"),
         (lambda u: u.softmax(1), 1.0, "element"),
@@ -536,6 +537,16 @@ def test_what_has_no_series_is_refused():
     ):
         with pytest.raises(ValueError, match=says):
             ngd.kernels.analytic(scale * x, 3, phi).gram()
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-60, 1e-8, 1e-4])
+def test_a_threshold_far_below_is_not_met(size):
+    """max(u + 2, 0) of small u is u + 2: the kernel of two layers in closed form."""
+    x = size * ngd.data.gaussian(6, 4) * torch.arange(1.0, 7).double()[:, None]
+    first = x @ x.T / 2
+    fac = ngd.kernels.analytic(x, 2, ngd.models.ShiftedReLU(-2.0))
+    assert relative(fac.gram(), 2 * (first + 4) + 2 * first) < 1e-12
+    assert torch.linalg.eigvalsh(fac.gram())[0] > -1e-14 * fac.trace()
 
 
 def test_analytic_refuses():

@@ -78,7 +78,7 @@ def test_no_residual_is_known_in_float32():
     sig = ngd.signals(net, torch.randn(5, 4))
     with pytest.raises(ValueError, match=r"net\.double\(\)"):
         MatrixFree().direction(sig, sig.outputs)
-    for wrong in (dict(tol=0), dict(tol=1), dict(landmarks=-1), dict(products=0)):
+    for wrong in (dict(tol=0), dict(tol=1), dict(landmarks=2.7), dict(products=0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MatrixFree(**wrong)
 

@@ -930,6 +930,12 @@ def test_losses_that_are_none_of_the_outputs_alone_are_refused():
         (nn.functional.mse_loss, flat, "shape"),
         (nn.HuberLoss(), flat, "shape"),
         (lambda f, t: (f - t).square().mean(), flat, "mixes rows"),
+        (lambda f, t: (f - t).square().mean(), (flat > 0).long(), "mixes rows"),
+        (lambda f, t: (f - t).square().mean(), y[:, None], "mixes rows"),
+        (lambda f, t: (f - t).square().sum(), y, "sums over the batch"),
+        (lambda f, t: (f - t.mul_(2)).square().mean(), y.clone(), "writes to y"),
+        (lambda f, t: (f.detach() - t).square().mean(), y, "does not depend"),
+        (ngd.optim.half_mse, y.to(torch.complex128), "real number"),
         (lambda f, t: (f - t).square().mean(), y[:1], "1 rows and the outputs 6"),
     ):
         before = weights(net)
@@ -937,6 +943,57 @@ def test_losses_that_are_none_of_the_outputs_alone_are_refused():
         with pytest.raises(ValueError, match=says):
             opt.step(x, target, loss)
         assert torch.equal(weights(net), before)
+
+
+def test_labels_that_are_subtracted_from_as_many_outputs_are_refused():
+    net, x, _ = problem(n=6, c=6)
+    opt = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), 0.1)
+    with pytest.raises(ValueError, match="mixes rows"):
+        opt.step(x, torch.arange(6), lambda f, t: (f - t).square().mean())
+    with pytest.raises(TypeError, match="as_tensor"):
+        opt.step(x, [0.0] * 6)
+
+
+def test_a_run_knows_which_net_is_trained():
+    (net, x, y), (other, _, _) = problem(c=1), problem(c=1)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    natural = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), damping=0.1)
+    mean = lambda f, t: (f - t).square().mean()  # noqa: E731
+    for call, error, says in (
+        (lambda: ngd.optim.run(sgd, x, y, 2, net=other), ValueError, "another network"),
+        (lambda: ngd.optim.run(natural, x, y, 2, net=other), ValueError, "leave it"),
+        (lambda: ngd.optim.run(natural, x, y, 2.5), TypeError, "whole number"),
+        (
+            lambda: list(ngd.optim.run(sgd, x, y[:, 0], 2, net=net, loss=mean)),
+            ValueError,
+            "mixes rows",
+        ),
+    ):
+        with pytest.raises(error, match=says):
+            call()
+
+
+def test_the_state_of_other_groups_or_another_net_is_refused():
+    def made(order, width=4):
+        net = ngd.models.MLP([5, width, 1])
+        params = [[net[0].weight], [net[2].weight]][::order]
+        groups = [{"params": p, "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+        return ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), groups=groups)
+
+    state = made(1).state_dict()
+    made(1).load_state_dict(state)
+    for other in (made(-1), made(1, width=6)):
+        with pytest.raises(ValueError, match="same network and groups"):
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("decay", [math.nan, -1.0])
+def test_a_bad_weight_decay_set_later_is_refused(decay):
+    net, x, y = problem(c=1)
+    opt = ngd.optim.NaturalGradient(net, ngd.fisher.Exact(), damping=0.1)
+    opt.param_groups[0]["weight_decay"] = decay
+    with pytest.raises(ValueError, match="weight_decay"):
+        opt.step(x, y)
 
 
 def test_targets_of_other_shapes_that_are_right():
@@ -1169,13 +1226,13 @@ def test_an_interrupted_step_leaves_no_trace():
 
         def loss(f, target):
             calls.append(weights(net))
-            if len(calls) == 2:
+            if not torch.equal(calls[-1], before):
                 raise KeyboardInterrupt
             return ngd.optim.half_mse(f, target)
 
         with pytest.raises(KeyboardInterrupt):
             opt.step(x, y, loss)
-        assert not torch.equal(calls[1], before) and torch.equal(weights(net), before)
+        assert not torch.equal(calls[-1], before) and torch.equal(weights(net), before)
         assert torch.equal(opt._generator.get_state(), drawn)
         assert opt.param_groups[0]["damping"] == 0.1 and opt.step(x, y).step == 0
 
@@ -1238,7 +1295,7 @@ def test_run_takes_a_loader():
     assert torch.allclose(weights(net), weights(twin), atol=1e-12)
     for bad, error, says in (
         (dict(x=x, steps=1), TypeError, "y is needed"),
-        (dict(x=loader), TypeError, "steps is needed"),
+        (dict(x=loader), TypeError, "whole number is needed"),
         (dict(x=loader, steps=1, batch_size=3), ValueError, "batch_size"),
         (dict(x=[x], steps=1), ValueError, "pairs"),
         (dict(x=[], steps=1), ValueError, "empty"),

@@ -464,6 +464,61 @@ def experts(m, x):
     return m.c(out)
 
 
+class Bent(torch.autograd.Function):
+    """Does nothing forward; bends gradients of some sizes backward."""
+
+    @staticmethod
+    def forward(ctx, h, bend):
+        ctx.bend = bend
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.bend(grad), None
+
+
+def bent(bend):
+    return lambda: net(lambda m, x: m.c(Bent.apply(m.b(torch.tanh(m.a(x))), bend)))
+
+
+def large_batches(m, x):
+    h = torch.tanh(m.a(x))
+    return m.c(m.b(h - 1e-3 * h.mean(0) if len(x) > 64 else h))
+
+
+def forty_rows_on(m, x):
+    h = torch.tanh(m.a(x))
+    return m.c(m.b(h + 1e-3 * torch.cat([h[40:], torch.zeros_like(h[:40])])))
+
+
+def largest(m, x):
+    h = torch.tanh(m.a(x))
+    return m.c(m.b(h / h.detach().abs().max()))
+
+
+def three_best(m, x):
+    best = x[:, :1] >= x[:, 0].topk(3).values[-1]
+    return m.c(torch.tanh(m.b(m.a(x))) * best)
+
+
+def through_data(m, x):
+    h = torch.tanh(m.a(x))
+    u = m.b(h)
+    h.data.mul_(1.001)  # what b has read, and its gradient will read
+    return m.c(u)
+
+
+def a_root_of_zero(m, x):
+    return m.c(torch.sqrt(m.b(torch.tanh(m.a(x))) * 0))
+
+
+def expanded(key):
+    module = sequential(nn.Tanh()).double()
+    param = getattr(module[0], key)
+    setattr(module[0], key, nn.Parameter(param[:1].detach().expand(param.shape)))
+    return module
+
+
 class Remembered(nn.Module):
     mean = None
 
@@ -612,6 +667,25 @@ PRETENDERS = {
         lambda: Net(lambda m, x: torch.vmap(m.a)(x), a=nn.Linear(5, 3)),
         "row a sample|shape",
     ),
+    "gradients clipped, if large": (bent(lambda g: g.clamp(-50, 50)), "clips"),
+    "gradients cut, if small": (
+        bent(lambda g: torch.where(g.abs() < 1e-4, 0.0, g)),
+        "clips",
+    ),
+    "clipped by norm": (bent(lambda g: g / g.norm().clamp_min(100)), "clips"),
+    "large batches": (lambda: net(large_batches), "see one another"),
+    "forty rows on": (lambda: net(forty_rows_on), "see one another"),
+    "over the largest, detached": (lambda: net(largest), "see one another"),
+    "the three best rows": (lambda: net(three_best), "see one another"),
+    "an input written through .data": (lambda: net(through_data), "data"),
+    "infinite gradients": (lambda: net(a_root_of_zero), "root"),
+    "infinite inputs": (
+        lambda: net(lambda m, x: m.c(torch.tanh(m.b(torch.exp(1e5 * m.a(x)))))),
+        "overflow|NaN",
+    ),
+    "tied by expansion, weight": (lambda: expanded("weight"), "expanded"),
+    "tied by expansion, bias": (lambda: expanded("bias"), "expanded"),
+    "no outputs": (lambda: net(lambda m, x: m.c(m.b(m.a(x)))[:, :0]), "C >= 1"),
     "outputs turned round": (
         lambda: net(lambda m, x: m.c(m.b(m.a(x))).flip(0)),
         "batch",
@@ -686,7 +760,7 @@ def test_a_pretender_is_named(name):
     """Each raises, every time; none gives a kernel that is off by more than 1e-6."""
     build, says = PRETENDERS[name]
     module = made(build) if not name.startswith("tied by") else build()
-    x = x_for(module)
+    x = x_for(module, 100 if name in ("large batches", "forty rows on") else 7)
     for lazy in (False, True, False):
         with pytest.raises((TypeError, ValueError), match=says):
             ngd.signals(module, x, lazy)
@@ -789,11 +863,15 @@ def swap(module):
     module.a.weight.data = module.a.weight.data + 1
 
 
+def edit_setting(module):
+    module.slope.negative_slope = 0.5
+
+
 @pytest.mark.parametrize(
-    "edit", [edit_data, edit_in_place, edit_frozen, replace, load, swap]
+    "edit", [edit_data, edit_in_place, edit_frozen, edit_setting, replace, load, swap]
 )
 def test_stale_signals(edit):
-    module = made(lambda: net(residual))
+    module = made(lambda: net(residual, slope=nn.LeakyReLU(0.1)))
     frozen(module.b)
     x = x_for(module)
     lazy, eager = ngd.signals(module, x, lazy=True), ngd.signals(module, x)
@@ -827,12 +905,76 @@ def test_signals_of_another_net():
         fac.cross(weighted)
 
 
+def test_one_entry_of_a_large_weight_through_data():
+    module = ngd.models.MLP([5, 20000, 1])
+    sig = ngd.signals(module, x_for(None))
+    module[0].weight.data[7, 3] += 1
+    with pytest.raises(ValueError, match="changed"):
+        sig.at(x_for(None))
+
+
+def counting(m, x):
+    m.calls += 1
+    return m.c(m.b(m.a(x)))
+
+
+def test_settings_that_a_forward_changes_are_no_alarm():
+    """A module that counts its calls is the same net after them, in either mode."""
+    module, x = made(lambda: net(counting, calls=0)), x_for(None)
+    sig = ngd.signals(module, x, lazy=True)
+    twin = pickle.loads(pickle.dumps(sig))
+    module.eval()
+    assert sig.at(x).n == twin.at(x).n == 7
+
+
+@pytest.mark.parametrize("frozen_first", [False, True])
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_what_is_trained_is_that_of_the_signals(key, frozen_first):
+    """Whatever is frozen, or freed, afterwards."""
+    module, x = made(lambda: sequential(nn.Tanh())), x_for(None)
+    param, v = getattr(module[0], key), torch.ones(21, dtype=torch.float64)
+    param.requires_grad_(not frozen_first)
+    sig = ngd.signals(module, x)
+    before = sig.vjp(v)
+    change = sig.jvp(before)
+    param.requires_grad_(frozen_first)
+    assert all(torch.equal(a, b) for a, b in zip(sig.vjp(v), before, strict=True))
+    assert torch.equal(sig.jvp(before), change)
+
+
+def test_rows_of_other_trained_layers():
+    """Of equal sizes, so that nothing but their names could tell."""
+    module = made(lambda: nn.Sequential(*[nn.Linear(5, 5) for _ in range(2)]))
+    x = x_for(None)
+    frozen(module[1])
+    fac = ngd.kernels.empirical(ngd.signals(module, x))
+    frozen(module[0]), module[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="two sets of trained"):
+        fac.cross(x)
+
+
 def test_the_callers_memory_is_his_own():
-    """x may be used again, and a bias-free layer's H is not x itself."""
+    """x may be used again, and a bias-free layer's H is not x itself, nor what the net
+    keeps; lazy signals still know x.
+    """
     module, x = nn.Linear(5, 2, bias=False).double(), x_for(None)
     sig, kept = ngd.signals(module, x), x.clone()
     x.zero_()
     assert torch.equal(sig.H[0], kept)
+
+    store = [torch.zeros(1, 6, dtype=torch.float64)]
+    layers = dict(a=frozen(nn.Linear(5, 6)), c=nn.Linear(6, 3, bias=False))
+    module = made(lambda: Net(lambda m, x: m.c(store[0].copy_(m.a(x))), **layers))
+    sig = ngd.signals(module, kept[:1])
+    before = sig.H[0].clone()
+    ngd.signals(module, kept[1:2])
+    assert torch.equal(sig.H[0], before)
+
+    gated, memory = made(lambda: net(lambda m, x: m.c(m.b(m.a(x))) * x[:, :3])), kept
+    D = ngd.signals(gated, memory).D
+    lazy = ngd.signals(gated, memory, lazy=True)
+    memory.numpy()[:] = 0
+    assert all(torch.equal(a, b) for a, b in zip(lazy.D, D))
 
 
 # --------------------------------------------------------------- what is left behind
@@ -979,13 +1121,38 @@ def test_signals_refuse_modes_without_autograd():
 def test_signals_refuse_misuse():
     module, x = ngd.models.MLP([3, 4, 2]), ngd.data.gaussian(2, 3)
     sig, one = ngd.signals(module, x), torch.ones(2, 2, 2, dtype=x.dtype)
-    with pytest.raises(ValueError, match="entries"):
-        sig.vjp(torch.ones(3))
     with pytest.raises(ValueError, match="trained parameters"):
         sig.jvp([torch.ones(3)])
     for bad in (one[:1], one[:, :, :1], one.repeat(1, 2, 1), one[0]):
         with pytest.raises(ValueError, match="R must"):
             sig.weighted(bad)
+
+
+def test_signals_refuse_weights_of_other_shapes():
+    module, x = ngd.models.MLP([3, 4, 2]), ngd.data.gaussian(2, 3)
+    wide = ngd.signals(module, ngd.data.gaussian(3, 3))
+    for bad, says in (
+        (torch.ones(3), "shape"),
+        (torch.ones(2, 3, dtype=x.dtype), "shape"),  # (C, N)
+        ([torch.ones(2, 3, dtype=x.dtype)] * 2, "shape"),
+        (torch.ones(3, 2), "float32"),
+        (torch.full((3, 2), torch.nan, dtype=x.dtype), "NaN"),
+        ([torch.ones(3, 2, dtype=x.dtype)], "one a trained layer"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            wide.vjp(bad)
+    v = torch.ones(3, 2, dtype=x.dtype)
+    d = wide.vjp(v)
+    for out in (d[:1], [d[0].flatten()[:, None], *d[1:]]):
+        with pytest.raises(ValueError, match="out must"):
+            wide.vjp(v, out)
+    with pytest.raises(ValueError, match="float32"):
+        wide.jvp([part.float() for part in d])
+    with pytest.raises(ValueError, match="NaN"):
+        wide.weighted(torch.full((3, 1, 2), torch.nan, dtype=x.dtype))
+    narrow = ngd.kernels.empirical(wide.weighted(torch.ones(3, 1, 2, dtype=x.dtype)))
+    with pytest.raises(ValueError, match="outputs a sample"):
+        narrow.cross(x)
 
 
 # --------------------------------------------------------------------------- models

@@ -11,13 +11,16 @@ infinite width too; a `WeightSide` Fisher needs a network's signals. Each kind h
 method to write, `_inverse`: it factorises once, and returns what is then applied to as
 many residuals as there are."""
 
+from numbers import Integral, Real
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..factors import Factors, culprits, empirical
 from ..signals import Signals
-from ..solve import Guard, Info, Inverse, edges_of_spectrum
+from ..signals import check_residual as fits
+from ..solve import Guard, Info, Inverse, RankDeficient, edges_of_spectrum
 
 __all__ = ["Fisher", "OutputSide", "WeightSide"]
 
@@ -318,10 +321,14 @@ class OutputSide(Fisher):
 
         def step(g, out):
             weights = inverse(g.reshape(-1, 1))
-            if not isinstance(weights, Tensor):
-                still = torch.zeros_like(g)
-                weights = [still if w is None else w for w in weights]
-            return sig.vjp(weights, out)
+            shared = isinstance(weights, Tensor)
+            parts = [weights] if shared else [w for w in weights if w is not None]
+            if not all(bool(torch.isfinite(w).all()) for w in parts):
+                raise RankDeficient("the step overflows: the (weighted) Gram is tiny")
+            if shared:
+                return sig.vjp(weights[:, 0], out)
+            still = torch.zeros_like(g)
+            return sig.vjp([still if w is None else w[:, 0] for w in weights], out)
 
         return step, inverse
 
@@ -422,6 +429,13 @@ def check_factors(factors) -> Factors:
     return factors
 
 
+def check_count(name: str, value, least: int) -> int:
+    """A whole number of at least ``least``."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    return int(value)
+
+
 def check_rank(rank: str) -> str:
     if rank not in ("raise", "pinv"):
         raise ValueError(f"rank={rank!r} is unknown; use 'raise' or 'pinv'")
@@ -443,28 +457,13 @@ def check_residual(sig: Signals, g: Tensor) -> Tensor:
         raise TypeError(
             "sig must come from ngdcore.signals(net, x), not " + type(sig).__name__
         )
-    like, size = sig.outputs, sig.n * sig.c
-    fits = g.ndim == 1 or g.shape[:2] == (sig.n, sig.c)
-    if (
-        g.dtype != like.dtype
-        or g.device != like.device
-        or g.numel() != size
-        or not fits
-    ):
-        raise ValueError(
-            f"g must be of shape (N, C) = {(sig.n, sig.c)} or ({size},), {like.dtype}"
-            f" on {like.device}, not {tuple(g.shape)}, {g.dtype} on {g.device}"
-        )
-    if not torch.isfinite(g).all():
-        raise ValueError(
-            "g holds NaN or infinity: the run has diverged or the loss is not defined"
-            " there"
-        )
+    fits("g", g, sig)
     return g.reshape(sig.n, sig.c)
 
 
 def check_damping(damping) -> float:
-    if not (damping >= 0 and damping < float("inf")):
+    number = isinstance(damping, Tensor) or isinstance(damping, Real)
+    if not (number and damping >= 0 and damping < float("inf")):
         raise ValueError(
             f"damping={damping} must be 0 or positive; it is added to the Fisher matrix"
         )

@@ -22,6 +22,7 @@ from ..solve import (
 )
 from .base import (
     WeightSide,
+    check_count,
     check_damping,
     check_factors,
     check_rank,
@@ -300,8 +301,8 @@ class SampledKFAC(_Kronecker):
         rank: str = "pinv",
         seed: int = 0,
     ):
-        if isinstance(samples, str) or not samples >= 1:
-            raise ValueError(f"samples={samples!r} must be 1 or more")
+        check_count("samples", samples, 1)
+        check_count("seed", seed, 0)
         if not 0 < variance < float("inf"):
             raise ValueError(f"variance={variance} must be positive")
         if model not in MODELS:

@@ -132,6 +132,8 @@ class LayerWise(OutputSide):
                 "sigma must be a symmetric L x L matrix, one row a trained layer, not"
                 f" of shape {tuple(sigma.shape)}"
             )
+        if not torch.isfinite(sigma).all():
+            raise ValueError("sigma holds NaN or infinity")
         if not torch.allclose(sigma, sigma.T):
             raise ValueError(
                 "sigma is not symmetric: its largest |sigma - sigma.T| is"

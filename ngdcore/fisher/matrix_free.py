@@ -5,7 +5,7 @@ import torch
 from ..factors import Factors
 from ..iterative import Refined, nystroem
 from ..room import room
-from .base import OutputSide
+from .base import OutputSide, check_count
 
 __all__ = ["MatrixFree"]
 
@@ -67,13 +67,9 @@ class MatrixFree(OutputSide):
     ):
         if not 0 < tol < 1:
             raise ValueError(f"tol={tol} must lie between 0 and 1")
-        if landmarks < 0 or products < 1:
-            raise ValueError(
-                f"landmarks={landmarks} must not be negative, and products={products}"
-                " must be at least 1"
-            )
-        self.tol, self.landmarks = float(tol), int(landmarks)
-        self.stored, self.products = stored, int(products)
+        self.tol, self.stored = float(tol), stored
+        self.landmarks = check_count("landmarks", landmarks, 0)
+        self.products = check_count("products", products, 1)
 
     def _isotropic(self, layers):
         return 1.0

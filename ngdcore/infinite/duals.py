@@ -237,9 +237,12 @@ class Shifted(Dual):
         apart = torch.where(obtuse, 2 - angle, angle)
         both, lack = _orthant(h, torch.where(obtuse, -k, k), apart)
         rise, slope = _acute(h, k, apart, both, lack)
+        straight = (h < -FAR) & (k < -FAR)  # no threshold is met: u - b on both sides
+        if straight.any():
+            rise = torch.where(straight, _affine(h, k, angle), rise)
         if obtuse.any():
             mirrored = _obtuse(h, k, apart, both, lack)
-            rise = torch.where(obtuse, mirrored[0], rise)
+            rise = torch.where(obtuse & ~straight, mirrored[0], rise)
             slope = torch.where(obtuse, mirrored[1], slope)
         return rise.to(t), slope.to(t)
 
@@ -300,6 +303,16 @@ def _acute(h, k, t, both, lack):
     return spread / (2 * r_low**2) + missing, tail - both
 
 
+def _affine(h, k, t):
+    """One minus the correlation of z - h and z' - k, both far below 0, (n, m)."""
+    size, size_k = (
+        torch.hypot(h, torch.ones_like(h)),
+        torch.hypot(k, torch.ones_like(k)),
+    )
+    p, q, b, c = 1 / size, 1 / size_k, -h / size, -k / size_k
+    return p * q * t + (p * c - q * b).square() / (1 + p * q + b * c)
+
+
 def _obtuse(h, k, t, both, lack):
     """`Shifted.pair` beyond pi/2, by E (z-h)+ (z'-k) = E (z-h)+ ((z'-k)+ - (k-z')+);
     t, both, lack are those of the mirror image."""
@@ -318,6 +331,7 @@ TERMS = (
     1024,
     3072,
 )  # of the Hermite series, more where it has not decayed
+FINE = 2**15  # points of the grid that looks for what the series' nodes miss
 
 
 class Hermite(Dual):
@@ -403,6 +417,7 @@ class Hermite(Dual):
             last = self._decayed(size, a, ends)
             if last is not None:
                 norm = _norm(a)
+                self._check_power(widest, (size * norm[:, 0])[positive.argmax()])
                 return (size * norm[:, 0]).to(s), (a[:, : last + 1] / norm).to(s)
         raise ValueError(
             "activation is not smooth enough for a series at these variances (pre-"
@@ -411,6 +426,18 @@ class Hermite(Dual):
             " LeakyReLU, abs, ShiftedReLU, or a kernels.Dual of your own); a steep"
             " smooth function smaller inputs or weight_var"
         )
+
+    def _check_power(self, s, rms):
+        """Raise where a far finer grid sees another E phi^2 (s and rms of one row): a
+        feature that falls between the series' nodes would be missed."""
+        z = torch.linspace(-12, 12, FINE, dtype=torch.float64)
+        power = (self._phi(s[:, None] * z) ** 2 * _density(z)).sum() * 24 / (FINE - 1)
+        if not (power.sqrt() - rms).abs() <= 1e-8 * rms:
+            raise ValueError(
+                "activation has features too narrow for a series (pre-activations up to"
+                f" {float(s[0]):.3g} in standard deviation): write a kernels.Dual of"
+                " your own, or use a smoother function"
+            )
 
     def _decayed(self, size, a, ends):
         """The last of these coefficients (N, terms + 1) that counts for any row; None

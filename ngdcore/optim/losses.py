@@ -36,31 +36,69 @@ ENTRYWISE_FUNCTIONS = (
     functional.huber_loss,
 )
 
+SUMS = (
+    "loss sums over the batch (reduction='sum'?), which makes the step N times too"
+    " long: take the mean, reduction='mean'"
+)
+
 
 def residual(
-    loss: Callable, outputs: Float[Tensor, "N C"], y: Tensor, params: list[Tensor]
+    loss: Callable,
+    outputs: Float[Tensor, "N C"],
+    y: Tensor,
+    params: list[Tensor],
+    known: bool = False,
 ) -> tuple[float, Float[Tensor, "N C"]]:
     """The loss and N dL/df; an error where the loss is not a mean over the batch of
-    something that depends on the outputs alone.
+    something that depends on the outputs alone. A loss that is ``known`` is not asked
+    again whether it is a sum.
     """
     check_targets(loss, outputs, y)
+    written = getattr(y, "_version", None)
     with torch.enable_grad():
         f = outputs.detach().requires_grad_()
         value = loss(f, y)
         _check_value(loss, value, params)
-        (gradient,) = torch.autograd.grad(value, f, allow_unused=True)
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, f, allow_unused=True)
     if gradient is None:
         raise ValueError("loss(outputs, y) does not depend on the outputs")
-    if isinstance(y, Tensor) and y.is_floating_point() and 0 < y.ndim < f.ndim:
+    if getattr(y, "_version", None) != written:
+        raise ValueError("loss(outputs, y) writes to y: let it work on a copy")
+    own = isinstance(loss, nn.modules.loss._Loss) or loss in ENTRYWISE_FUNCTIONS
+    if not (known or own):  # torch's own tell their reduction
+        _check_sum(loss, f, y, gradient)
+    if not known and isinstance(y, Tensor) and 0 < y.ndim != f.ndim:
         _check_rows(loss, f, y, gradient)
     return float(value.detach()), len(outputs) * gradient
 
 
+def check_broadcast(loss: Callable, outputs: Float[Tensor, "N C"], y: Tensor) -> None:
+    """Raise where y has other dimensions than the outputs, and the loss mixes rows."""
+    check_targets(loss, outputs, y)
+    if isinstance(y, Tensor) and 0 < y.ndim != outputs.ndim:
+        with torch.enable_grad():
+            f = outputs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(f, y), f)
+        _check_rows(loss, f, y, gradient)
+
+
+def _entrywise(y: Tensor, f: Tensor) -> bool:
+    """Whether targets y are to be compared with outputs f entry by entry, and not
+    labels that choose one of them."""
+    return y.is_floating_point() or y.ndim > 1 or f.shape[1] == 1
+
+
 def check_targets(loss: Callable, outputs: Float[Tensor, "N C"], y: Tensor) -> None:
     """y has the outputs' shape where the loss compares entry by entry, else N rows."""
-    if not isinstance(y, Tensor):
-        return
     entrywise = isinstance(loss, ENTRYWISE) or loss in ENTRYWISE_FUNCTIONS
+    if not isinstance(y, Tensor):
+        if entrywise:
+            raise TypeError(
+                f"y must be a tensor, not {type(y).__name__}: torch.as_tensor(y)"
+            )
+        return
     if entrywise and y.shape != outputs.shape:
         raise ValueError(
             f"y must have the outputs' shape {tuple(outputs.shape)},"
@@ -81,11 +119,12 @@ def _check_value(loss: Callable, value: Tensor, params: list[Tensor]) -> None:
             f"loss(outputs, y) must be one number, not {shape}: take the mean over the"
             " batch (reduction='mean')"
         )
-    if reduction == "sum":
+    if value.is_complex():
         raise ValueError(
-            "loss sums over the batch (reduction='sum'), which makes the step N times"
-            " too long: use reduction='mean'"
+            f"loss(outputs, y) must be a real number, not {value.dtype}: is y complex?"
         )
+    if reduction == "sum":
+        raise ValueError(SUMS)
     trained = {id(p) for p in params}
     if any(id(leaf) in trained for leaf in _leaves(value)):
         raise ValueError(
@@ -107,16 +146,57 @@ def _leaves(value: Tensor) -> Iterator[Tensor]:
         nodes += [parent for parent, _ in node.next_functions]
 
 
-def _check_rows(loss, f, y, gradient) -> None:
-    """With y of fewer dimensions than the outputs (N, C): the first row's loss alone
-    has N times that row's share of the gradient, unless rows were broadcast.
+def _check_sum(loss, f, y, gradient) -> None:
+    """The first and the last row's loss alone do not both have these rows' shares of
+    the gradient, as in a sum; in a mean they have N times as much.
     """
-    first = f[:1].detach().requires_grad_()
-    with torch.enable_grad():
-        (alone,) = torch.autograd.grad(loss(first, y[:1]), first)
-    share = len(f) * gradient[:1]
-    if not (alone - share).norm() <= 1e-3 * (alone.norm() + share.norm()):
-        raise ValueError(
-            f"y has shape {tuple(y.shape)}, the outputs {tuple(f.shape)}, and the loss"
-            " mixes rows (broadcasting?): give y the outputs' number of dimensions"
-        )
+    pairs = _pairs(loss, f, y, gradient)
+    if len(pairs) == 2 and all(_close(alone, own) for alone, own in pairs):
+        raise ValueError(SUMS)
+
+
+def _check_rows(loss, f, y, gradient) -> None:
+    """With y of other dimensions than the outputs (N, C): the first and the last row's
+    loss alone have N times these rows' shares of the gradient, unless rows were
+    broadcast.
+
+    Labels may weigh rows, as in a weighted cross-entropy: there directions count."""
+    for alone, own in _pairs(loss, f, y, gradient):
+        share = len(f) * own
+        if not _entrywise(y, f):
+            share = share / share.norm() * alone.norm()
+        if not _close(alone, share):
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, the outputs {tuple(f.shape)}, and the"
+                " loss mixes rows (broadcasting?): give y the outputs' number of"
+                " dimensions"
+            )
+
+
+def _pairs(loss, f, y, gradient) -> list[tuple[Tensor, Tensor]]:
+    """Of the first and the last row the gradient of their loss alone, and their part of
+    the batch's, where both are known and not zero.
+    """
+    n, pairs = len(f), []
+    for row in (slice(0, 1), slice(n - 1, n)) if n > 1 else ():
+        alone = _alone(loss, f[row], y, row)
+        if alone is not None and alone.any() and gradient[row].any():
+            pairs.append((alone, gradient[row]))
+    return pairs
+
+
+def _alone(loss, rows: Tensor, y, row: slice) -> Tensor | None:
+    """The gradient of these rows' loss alone; None where it isn't to be had, as of a
+    loss that needs more rows."""
+    rows = rows.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            value = loss(rows, y[row] if getattr(y, "ndim", 1) else y)
+            (alone,) = torch.autograd.grad(value, rows, allow_unused=True)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+        return None
+    return alone if alone is not None and alone.isfinite().all() else None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-3 * (a.norm() + b.norm()))

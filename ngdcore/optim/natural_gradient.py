@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fisher import Fisher, Info, RankDeficient
-from ..signals import Signals, signals
+from ..signals import Signals, signals, unwrap
 from .adaptive import Adaptive
 from .groups import check_parts, number, param_groups
 from .losses import half_mse, residual
@@ -181,6 +181,7 @@ class NaturalGradient(torch.optim.Optimizer):
         seed = getattr(fisher, "seed", None)
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._update: list[Tensor] | None = None
+        self._known: Callable | None = None  # the loss that was looked at
 
     def __repr__(self) -> str:
         group = self.param_groups[0]
@@ -268,7 +269,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Residual, metric, solve; then the update, tried first if damping adapts."""
         sig = signals(self.net, x, lazy=True)
         slots = self._slots(sig)
-        value, g = residual(loss, sig.outputs, y, sig.params)
+        value, g = residual(loss, sig.outputs, y, sig.params, loss is self._known)
+        self._known = loss
         seen, r = weigh(self.metric, sig, g)
         counted = dict(step=self._steps, examples=self._examples, rows=sig.n)
         state = Step(value, sig.outputs, damping=self._damping(), **counted)
@@ -344,6 +346,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if not scheduled:
                 for group in self.param_groups:
                     group["lr"] *= self._optimal
+        for group in self.param_groups:
+            number("weight_decay", group["weight_decay"])
         return [number("lr", group["lr"]) * self._unit for group in self.param_groups]
 
     def _solve(self, seen: Signals, r: Tensor, damping: float) -> Info:
@@ -454,8 +458,18 @@ class NaturalGradient(torch.optim.Optimizer):
                 examples=self._examples,
                 adaptive=self._adapts,
                 generator=generator,
+                params=self._described(),
             )
         }
+
+    def _described(self) -> list[list[str]]:
+        """The parameters of every group, by name and shape."""
+        names = {id(p): name for name, p in unwrap(self.net).named_parameters()}
+        names = {key: name.replace("_orig_mod.", "") for key, name in names.items()}
+        return [
+            [f"{names.get(id(p), '?')} {tuple(p.shape)}" for p in group["params"]]
+            for group in self.param_groups
+        ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of an optimizer that was built alike; a dict of another
@@ -477,6 +491,13 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"state_dict was saved with{'' if saved else 'out'} {what}, this"
                     f" optimizer was made with{'' if here else 'out'}: build both alike"
                 )
+        here = self._described()
+        saved = extra.get("params", here)
+        if saved != here and len(saved) == len(here):  # torch counts groups
+            raise ValueError(
+                f"state_dict was saved with param groups {extra['params']}, this"
+                f" optimizer has {here}: use the same network and groups"
+            )
         super().load_state_dict(state_dict)
         self._unit, self._optimal = extra["unit"], extra["optimal"]
         self._steps, self._examples = extra["steps"], extra["examples"]
@@ -488,7 +509,7 @@ class NaturalGradient(torch.optim.Optimizer):
         state = super().__getstate__() | {k: self.__dict__[k] for k in kept}
         generator = self._generator.get_state() if self._draws else None
         return state | dict(
-            _examples=self._examples, _generator=generator, _update=None
+            _examples=self._examples, _generator=generator, _update=None, _known=None
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

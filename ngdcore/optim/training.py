@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from .losses import check_targets, half_mse
+from .losses import check_broadcast, check_targets, half_mse
 from .natural_gradient import NaturalGradient, Step
 
 __all__ = ["run"]
@@ -90,7 +91,7 @@ def run(
     >>> len(losses), losses[-1] < losses[0]
     (11, True)
     """
-    net = opt.net if isinstance(opt, NaturalGradient) else net
+    net = _net_of(opt, net)
     _check_run(net, x, y, steps, batch_size, every)
     start = start or Step(float("nan"), None)
     done = start.step + (start.rows > 0)
@@ -103,14 +104,31 @@ def run(
     return _with_bar(states, steps) if progress else states
 
 
-def _check_run(net, x, y, steps, batch_size, every) -> None:
-    """A run's numbers fit its data; y is None where x is a loader."""
+def _net_of(opt, net) -> nn.Module:
+    """The network that opt trains; raises where ``net`` is none or another."""
+    if isinstance(opt, NaturalGradient):
+        if net is not None and net is not opt.net:
+            raise ValueError("net is not the one that opt trains; leave it out")
+        return opt.net
     if net is None:
         raise ValueError(
             "net is needed with a torch.optim optimizer: run(opt, x, y, steps, net=net)"
         )
-    if steps is None:
-        raise TypeError("steps is needed: run(opt, x, y, steps) or (opt, loader, ...)")
+    held = {id(p) for group in opt.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in net.parameters()):
+        raise ValueError(
+            "opt holds none of net's parameters: it trains another network"
+        )
+    return net
+
+
+def _check_run(net, x, y, steps, batch_size, every) -> None:
+    """A run's numbers fit its data; y is None where x is a loader."""
+    if not isinstance(steps, Integral):
+        raise TypeError(
+            f"steps={steps}: a whole number is needed, run(opt, x, y, steps) or (opt,"
+            " loader, steps=...)"
+        )
     if y is None and isinstance(x, Tensor):
         raise TypeError("y is needed where x is a tensor: run(opt, x, y, steps)")
     if y is None and batch_size is not None:
@@ -137,7 +155,7 @@ def _states(opt, net, batches, steps, loss, test, every, start) -> Iterator[Step
         elif natural:
             state = opt.step(x, y, loss)
         else:
-            state = _first_order(opt, net, x, y, loss)
+            state = _first_order(opt, net, x, y, loss, known=k > 0)
         elapsed = time.perf_counter() - begin
         yield replace(
             state,
@@ -158,14 +176,15 @@ def _look(net, x, y, loss) -> Step:
     return Step(float(loss(outputs, y)), outputs)
 
 
-def _first_order(opt, net, x, y, loss) -> Step:
-    """A step of a torch.optim optimizer, by a closure, which LBFGS calls repeatedly."""
+def _first_order(opt, net, x, y, loss, known) -> Step:
+    """A step of a torch.optim optimizer, by a closure, which LBFGS calls repeatedly;
+    targets are looked at unless the loss is known."""
     seen = []
 
     def closure():
         opt.zero_grad(set_to_none=True)
         outputs = net(x)
-        check_targets(loss, outputs, y)
+        (check_targets if known or seen else check_broadcast)(loss, outputs, y)
         value = loss(outputs, y)
         value.backward()
         seen.append((value.detach(), outputs.detach()))
