@@ -152,7 +152,7 @@ def test_a_build_on_a_gpu_fills_its_column(book):
 def test_the_table_says_it_in_columns(kept):
     report = dict(scale="quick", device="x86_64 CPU")
     view = tables.View(
-        kept, report, [], {}, "book/scoreboard", lambda doc: None, lambda doc: doc
+        kept, report, [], {}, {}, "book/scoreboard", lambda doc: None, lambda doc: doc
     )
     html = tables.scoreboard(view, [])
     for head in ("Here", "At paper scale", "On a GPU"):

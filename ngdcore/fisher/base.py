@@ -458,6 +458,11 @@ def check_residual(sig: Signals, g: Tensor) -> Tensor:
             "sig must come from ngdcore.signals(net, x), not " + type(sig).__name__
         )
     fits("g", g, sig)
+    if not torch.isfinite(g).all():
+        raise ValueError(
+            "g holds NaN or infinity: the run has diverged or the loss is not defined"
+            " there"
+        )
     return g.reshape(sig.n, sig.c)
 
 
