@@ -533,7 +533,7 @@ def scaling(view, ids):
             f"{row['operations']:.2f}",
             number(float(f"{row['largest_s']:.3g}")),
             f"{row['gflops']:.0f}",
-            f"{row['largest_mb']:,.0f}",
+            "" if row["largest_mb"] is None else f"{row['largest_mb']:,.0f}",
         )
         for row in measured["exponents"]
     ]
